@@ -1,0 +1,74 @@
+# make demo        a guest in a window of text, its QEMU replaced three times
+# make test        everything but the long tests, on real QEMU 7.2, 10.0 and 11.1
+# make check       style and types
+# Each installs what it needs (Debian packages by apt-get, as root or by sudo; Python packages
+# into .venv) and is quick when nothing changed. Downloads are cached outside the checkout, in
+# $SEGUE_CACHE, or else ~/.cache/segue.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+# Debian's own Python, unless it is too old: a virtual environment should not hang on a version
+# manager's copy that may go away.
+PYTHON ?= $(shell for p in /usr/bin/python3 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+DEMO_PACKAGES := python3-venv qemu-system-x86
+TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf debootstrap \
+	gcc libc6-dev cpio kmod busybox-static|busybox
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo releases guest test test-long check format clean demo-packages test-packages
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
+
+setup: test-packages $(VENV)/dev.stamp
+
+demo: demo-packages $(VENV)/run.stamp
+	@$(BIN)/segue demo
+
+releases: test-packages
+	@scripts/qemu-releases
+
+guest: test-packages
+	@scripts/linux-guest
+
+test: setup releases guest
+	$(BIN)/pytest
+
+test-long: setup releases guest
+	$(BIN)/pytest -m long
+
+check: demo-packages $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+demo-packages:
+	@scripts/debian-packages $(DEMO_PACKAGES)
+
+test-packages:
+	@scripts/debian-packages $(foreach p,$(TEST_PACKAGES),'$(p)')
+
+$(BIN)/python: | demo-packages
+	@test -n "$(PYTHON)" || { echo "Segue needs Python 3.11 or newer" >&2; exit 1; }
+	@echo "making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Stamps depend on pyproject.toml alone: the package is installed editable, so a change of the
+# sources needs nothing.
+$(VENV)/run.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/run.stamp
