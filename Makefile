@@ -29,10 +29,10 @@ demo: demo-packages $(VENV)/run.stamp
 	@$(BIN)/segue demo
 
 releases: test-packages
-	@scripts/qemu-releases
+	@$(PYTHON) scripts/qemu-releases
 
 guest: test-packages
-	@scripts/linux-guest
+	@$(PYTHON) scripts/linux-guest
 
 test: setup releases guest
 	$(BIN)/pytest
