@@ -1,0 +1,1 @@
+"""What outlives an instance, one module a kind."""

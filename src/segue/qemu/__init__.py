@@ -1,0 +1,1 @@
+"""What QEMU is: its command line, binaries, one instance, its monitor, its migration."""

@@ -1,0 +1,198 @@
+"""One QEMU process: started with exactly the descriptors it is lent, watched by a pidfd."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from segue.errors import InstanceDied, TimedOut
+from segue.qemu.monitor import Monitor
+
+MONITOR_ID = "segue-monitor"
+
+
+def start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat, clock ticks since boot: with the pid it names one process.
+
+    Raises OSError if there is no such process.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+class Instance:
+    """A QEMU process and its monitor. Made by `spawn`, taken into service by `connect`."""
+
+    def __init__(
+        self, number: int, argv: list[str], process: subprocess.Popen[bytes], sock: socket.socket
+    ) -> None:
+        self.number = number
+        self.argv = argv
+        self.pid = process.pid
+        self.start_time = start_time(process.pid)
+        self.last_words: deque[str] = deque(maxlen=20)
+        self._process = process
+        self._sock: socket.socket | None = sock
+        self._monitor: Monitor | None = None
+        self._loop = asyncio.get_running_loop()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    def spawn(
+        cls,
+        number: int,
+        argv: Sequence[str],
+        descriptors: Sequence[int],
+        *,
+        on_stderr: Callable[[bytes], None],
+        stdout: int | None = None,
+    ) -> Instance:
+        """Start QEMU with `argv` and a monitor of ours; no descriptor but those named passes.
+
+        It gets a session of its own: a Ctrl-C at the terminal is for the supervisor, which tells
+        QEMU what it means. It inherits a duplicate of our end of the monitor too, so that the
+        connection outlives a supervisor that is killed.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            full = [
+                *argv,
+                "-chardev",
+                f"socket,id={MONITOR_ID},fd={theirs.fileno()}",
+                "-mon",
+                f"chardev={MONITOR_ID},mode=control",
+            ]
+            read_end, write_end = os.pipe()
+            try:
+                process = subprocess.Popen(
+                    full,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=write_end,
+                    pass_fds=(*descriptors, theirs.fileno(), ours.fileno()),
+                    start_new_session=True,
+                )
+            except BaseException:
+                os.close(read_end)
+                ours.close()
+                raise
+            finally:
+                os.close(write_end)
+        instance = cls(number, full, process, ours)
+        instance._read_stderr(read_end, on_stderr)
+        return instance
+
+    async def connect(self, timeout: float) -> Monitor:
+        """Wait for QEMU's greeting, at most `timeout` seconds.
+
+        Raises InstanceDied with QEMU's last words if it ended instead, TimedOut if it says nothing.
+        """
+        assert self._sock is not None
+        sock, self._sock = self._sock, None
+        connecting = asyncio.ensure_future(Monitor.connect(sock, timeout))
+        try:
+            await asyncio.wait((connecting, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if not connecting.done():
+                raise await self.death()
+            self._monitor = connecting.result()
+        except TimeoutError:
+            raise TimedOut(f"QEMU (pid {self.pid}) did not answer for {timeout:g} s") from None
+        except OSError:
+            raise await self.death() from None
+        finally:
+            connecting.cancel()
+            with contextlib.suppress(BaseException):
+                await connecting
+        return self._monitor
+
+    @property
+    def monitor(self) -> Monitor:
+        assert self._monitor is not None, "connect() comes first"
+        return self._monitor
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.done()
+
+    @property
+    def exit_status(self) -> int | None:
+        """As a shell would show it: 128 + signal for a killed process; None while it runs."""
+        return self._ended.result() if self._ended.done() else None
+
+    @property
+    def version(self) -> str:
+        v: dict[str, Any] = self.monitor.greeting["QMP"]["version"]["qemu"]
+        return f"{v['major']}.{v['minor']}.{v['micro']}"
+
+    def on_end(self, callback: Callable[[int], None]) -> None:
+        """Call `callback` with the exit status as soon as the process has been reaped."""
+        self._ended.add_done_callback(lambda ended: callback(ended.result()))
+
+    async def wait(self, timeout: float | None = None) -> int:
+        """The exit status. Raises TimeoutError after `timeout` seconds."""
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(self._ended)
+
+    async def death(self) -> InstanceDied:
+        """An error that tells how QEMU ended and what it said last."""
+        status = await self.wait()
+        how = f"exit status {status}" if status < 128 else signal.Signals(status - 128).name
+        said = f": {self.last_words[-1]}" if self.last_words else ""
+        return InstanceDied(f"QEMU (pid {self.pid}) ended with {how}{said}")
+
+    def signal(self, number: int) -> None:
+        """Send a signal; a process that has ended is left alone, whoever has its pid now."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def kill(self) -> int:
+        """SIGKILL, and wait until the process is dead and reaped; its exit status."""
+        self.signal(signal.SIGKILL)
+        return await self.wait()
+
+    def kill_at_once(self) -> None:
+        """As `kill`, without the event loop; for the last moments of the supervisor."""
+        self.signal(signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            self._process.wait()
+
+    def _reap(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        status = self._process.wait()
+        if self._monitor is not None:
+            self._monitor.close()
+        elif self._sock is not None:
+            self._sock.close()
+        self._ended.set_result(status if status >= 0 else 128 - status)
+
+    def _read_stderr(self, fd: int, on_stderr: Callable[[bytes], None]) -> None:
+        os.set_blocking(fd, False)
+        rest = b""
+
+        def readable() -> None:
+            nonlocal rest
+            try:
+                chunk = os.read(fd, 65536)
+            except BlockingIOError:
+                return
+            if not chunk:
+                self._loop.remove_reader(fd)
+                os.close(fd)
+                return
+            on_stderr(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            self.last_words.extend(line.decode(errors="replace").rstrip() for line in lines)
+
+        self._loop.add_reader(fd, readable)
+

@@ -1,0 +1,191 @@
+"""A QMP client for the hot path: what the supervisor and the command line speak with.
+
+Why not `qemu.qmp`: its client takes 0.4 ms longer for each round trip (0.72 ms against 0.37 ms,
+median of 300 `query-status`, QEMU 7.2), and an upgrade makes several while the guest is paused.
+It remains the independent client of our tests.
+
+Sending and receiving go straight to the socket (`add_reader`), not through a transport, for two
+reasons: descriptors travel with the message that needs them, and no byte hides in a buffer that
+we cannot see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from segue.errors import CommandFailed, MonitorClosed
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+_CHUNK = 256 * 1024
+
+
+class Monitor:
+    """One QMP connection, negotiated. Any number of commands may be under way at once."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.greeting: dict[str, Any] = {}
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._listeners: list[Listener] = []
+        self._close_callbacks: list[Callable[[], None]] = []
+        self._received = bytearray()
+        self._to_send: list[tuple[bytes, list[int]]] = []
+        self._greeted: asyncio.Future[None] = self._loop.create_future()
+        self._closed = False
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @classmethod
+    async def connect(cls, sock: socket.socket, timeout: float = 10) -> Monitor:
+        """Read the greeting and negotiate; the socket belongs to the monitor from here on.
+
+        Raises MonitorClosed if the other side ends, TimeoutError after `timeout` seconds.
+        """
+        self = cls(sock)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._greeted
+                wanted = [c for c in self.greeting["QMP"]["capabilities"] if c == "oob"]
+                await self.execute("qmp_capabilities", {"enable": wanted} if wanted else None)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def execute(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        """The command's return value.
+
+        Raises CommandFailed with QEMU's own words, MonitorClosed, TimeoutError after `timeout`
+        seconds (the command may still be carried out).
+        """
+        message: dict[str, Any] = {"execute": command}
+        if arguments:
+            message["arguments"] = arguments
+        async with asyncio.timeout(timeout):
+            reply = await self.relay(message, fds)
+        if "error" in reply:
+            error = reply["error"]
+            raise CommandFailed(f"{command}: {error['desc']}", error_class=error["class"])
+        return reply["return"]
+
+    async def hmp(self, line: str, timeout: float | None = None) -> str:
+        """What the human monitor prints for `line`."""
+        text: str = await self.execute("human-monitor-command", {"command-line": line}, timeout)
+        return text
+
+    def relay(
+        self, message: dict[str, Any], fds: Sequence[int] = ()
+    ) -> asyncio.Future[dict[str, Any]]:
+        """Send a command as it is, under an id of our own; the reply comes without its id."""
+        future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        if self._closed:
+            future.set_exception(MonitorClosed("QEMU's monitor is closed"))
+            return future
+        number = next(self._ids)
+        self._pending[number] = future
+        data = json.dumps(message | {"id": number}, separators=(",", ":")).encode() + b"\n"
+        self._to_send.append((data, list(fds)))
+        if len(self._to_send) == 1:
+            self._flush()
+        return future
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with each event as it is read; returns how to end that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        self._close_callbacks.append(callback)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        error = MonitorClosed("QEMU's monitor was closed", hint="see the machine's qemu.log")
+        for future in [self._greeted, *self._pending.values()]:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()
+        self._pending.clear()
+        for callback in self._close_callbacks:
+            callback()
+
+    def _flush(self) -> None:
+        try:
+            while self._to_send:
+                data, fds = self._to_send[0]
+                sent = (
+                    socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
+                )
+                if sent < len(data):
+                    self._to_send[0] = (data[sent:], [])
+                    raise BlockingIOError
+                self._to_send.pop(0)
+        except BlockingIOError:
+            self._loop.add_writer(self._sock.fileno(), self._flush)
+        except OSError:
+            self.close()
+        else:
+            self._loop.remove_writer(self._sock.fileno())
+
+    def _readable(self) -> None:
+        try:
+            chunk = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            chunk = b""
+        if not chunk:
+            self.close()
+            return
+        searched = len(self._received)
+        self._received += chunk
+        start = 0
+        while (end := self._received.find(b"\n", max(start, searched))) >= 0:
+            line = bytes(self._received[start:end]).strip()
+            start = end + 1
+            if line:
+                self._message(line)
+                if self._closed:
+                    return
+        del self._received[:start]
+
+    def _message(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            self.close()
+            return
+        if "event" in message:
+            for listener in tuple(self._listeners):
+                listener(message)
+        elif "QMP" in message:
+            self.greeting = message
+            if not self._greeted.done():
+                self._greeted.set_result(None)
+        else:
+            future = self._pending.pop(message.pop("id", 0), None)
+            if future is not None and not future.done():
+                future.set_result(message)

@@ -1,0 +1,1 @@
+"""The QMP server that a machine's clients talk to."""

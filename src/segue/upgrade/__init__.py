@@ -1,0 +1,1 @@
+"""Replacing an instance: plan, transaction, journal, receipt."""
