@@ -1,0 +1,498 @@
+"""The `key=value,key=value` text (or JSON) that most of QEMU's options take.
+
+QEMU has three readers for it: QemuOpts (most options), keyval (`-machine`, `-blockdev`, ...)
+and the old `-cpu` syntax. `Params` holds what any of them sees: an ordered list of keys and
+values, each with the *form* it was written in, so that printing gives back the same text.
+It never decides which reader QEMU will use: text that keyval would refuse (a bare word that
+is not the first) is kept and printed as it was, and QEMU itself refuses it.
+
+Facts are from util/qemu-option.c, util/keyval.c, util/cutils.c, qobject/json-lexer.c and
+target/i386/cpu.c of QEMU 7.2 and 10.0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from segue.errors import BadCommandLine
+
+# What a caller may set: JSON parameters keep the type, text parameters get QEMU's spelling.
+Value = str | bool | int
+
+TRUE = frozenset({"on", "yes", "true", "y"})
+FALSE = frozenset({"off", "no", "false", "n"})
+
+
+class Form(Enum):
+    """How a parameter was spelled; the value says what precedes or replaces the key."""
+
+    PAIR = "key=value"
+    BARE = "value"  # the first word, whose key is implied by the option
+    ON = "key"  # a short-form boolean
+    OFF = "nokey"
+    PLUS = "+key"  # -cpu only
+    MINUS = "-key"  # -cpu only
+
+
+class Param(NamedTuple):
+    key: str
+    value: str
+    form: Form = Form.PAIR
+
+    def __str__(self) -> str:
+        match self.form:
+            case Form.PAIR:
+                return f"{self.key}={escape(self.value)}"
+            case Form.BARE:
+                return escape(self.value)
+            case Form.ON:
+                return self.key
+            case Form.OFF:
+                return f"no{self.key}"
+            case Form.PLUS:
+                return f"+{self.key}"
+            case Form.MINUS:
+                return f"-{self.key}"
+
+
+@dataclass(frozen=True)
+class Params:
+    """The parameters of one option, immutable; changing methods give a new one.
+
+    `json` is the text if they were written as JSON; `entries` are then the scalars in it, with
+    dotted keys (`addr.type`, `fds.0`) and QEMU's text for each (`on`, `off`, a number, and an
+    empty text for null).
+    """
+
+    entries: tuple[Param, ...] = ()
+    implied: str | None = None
+    json: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, implied: str | None = None) -> Params:
+        """Read `text` as QEMU would. `implied` is the key of a first word without one.
+
+        Raises BadCommandLine for JSON that QEMU would not read.
+        """
+        if text.startswith("{"):
+            tree = load_json(text)
+            return cls(tuple(_flatten(tree)), implied, dump_json(tree))
+        return cls(tuple(_split(text, implied)), implied)
+
+    @classmethod
+    def parse_cpu(cls, text: str) -> Params:
+        """Read the argument of `-cpu`: `model[,+flag][,-flag][,flag=value][,flag]`."""
+        model, *flags = text.split(",")
+        entries = [Param("model", model, Form.BARE)]
+        # strtok() merges empty words; a comma cannot be written in this syntax.
+        for word in filter(None, flags):
+            key, equals, value = word.partition("=")
+            if equals:
+                entries.append(Param(key, value))
+            elif word[0] == "+":
+                entries.append(Param(word[1:], "on", Form.PLUS))
+            elif word[0] == "-":
+                entries.append(Param(word[1:], "off", Form.MINUS))
+            else:
+                entries.append(Param(word, "on", Form.ON))
+        return cls(tuple(entries), "model")
+
+    @classmethod
+    def of(
+        cls, pairs: Iterable[tuple[str, Value]] | dict[str, Value], implied: str | None = None
+    ) -> Params:
+        """Build from keys and values; a first key that is `implied` is printed bare."""
+        items = pairs.items() if isinstance(pairs, dict) else pairs
+        entries = [_pair(key, to_text(value)) for key, value in items]
+        if entries and entries[0].key == implied and _can_be_bare(entries[0].value):
+            entries[0] = entries[0]._replace(form=Form.BARE)
+        return cls(tuple(entries), implied)
+
+    def __str__(self) -> str:
+        return self.json if self.json is not None else ",".join(map(str, self.entries))
+
+    def __contains__(self, key: object) -> bool:
+        return any(entry.key == key for entry in self.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def get(self, key: str, default: str | None = None) -> str | None:
+        """The value that QEMU uses: the last one given."""
+        for entry in reversed(self.entries):
+            if entry.key == key:
+                return entry.value
+        return default
+
+    def all(self, key: str) -> list[str]:
+        return [entry.value for entry in self.entries if entry.key == key]
+
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(entry.key for entry in self.entries))
+
+    def items(self) -> list[tuple[str, str]]:
+        return [(entry.key, entry.value) for entry in self.entries]
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.get(key)
+        if value is None:
+            return default
+        if value not in TRUE | FALSE:
+            raise BadCommandLine(
+                f"Parameter '{key}' expects 'on' or 'off'", f"write {key}=on or {key}=off"
+            )
+        return value in TRUE
+
+    def number(self, key: str, default: int) -> int:
+        """A non-negative whole number, decimal, 0x hexadecimal or 0 octal."""
+        value = self.get(key)
+        if value is None:
+            return default
+        match = re.fullmatch(r"\s*\+?(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))", value)
+        if not match:
+            raise BadCommandLine(f"Parameter '{key}' expects a number", f"it is '{value}'")
+        hexadecimal, octal, decimal = match.groups()
+        if hexadecimal:
+            return int(hexadecimal, 16)
+        return int(octal, 8) if octal else int(decimal)
+
+    def size(self, key: str, default: int, default_suffix: str = "B") -> int:
+        """A size in bytes."""
+        value = self.get(key)
+        return default if value is None else parse_size(value, default_suffix)
+
+    def set(self, key: str, value: Value) -> Params:
+        """Replace the value in place, dropping repetitions, or append it.
+
+        In JSON an existing value keeps its type where the new text allows, and a new one has
+        the type that was passed.
+        """
+        if self.json is not None:
+            tree = load_json(self.json)
+            _put(tree, key, value)
+            return self._of_tree(tree)
+        new = _pair(key, to_text(value))
+        kept: list[Param] = []
+        done = False
+        for entry in self.entries:
+            if entry.key != key:
+                kept.append(entry)
+            elif not done:
+                bare = entry.form is Form.BARE and _can_be_bare(new.value)
+                kept.append(new._replace(form=Form.BARE) if bare else new)
+                done = True
+        return replace(self, entries=(*kept, *(() if done else (new,))))
+
+    def update(self, pairs: Iterable[tuple[str, Value]] | dict[str, Value]) -> Params:
+        result = self
+        for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+            result = result.set(key, value)
+        return result
+
+    def without(self, *keys: str) -> Params:
+        """Drop these keys and what is nested in them (`addr` drops `addr.type` too)."""
+        if self.json is not None:
+            tree = load_json(self.json)
+            for key in keys:
+                _drop(tree, key)
+            return self._of_tree(tree)
+        return self._filtered(lambda entry: not _within(entry.key, keys))
+
+    def only(self, *keys: str) -> Params:
+        """Keep these keys and what is nested in them."""
+        if self.json is not None:
+            return self.without(*(key for key in self.keys() if not _within(key, keys)))
+        return self._filtered(lambda entry: _within(entry.key, keys))
+
+    def sub(self, prefix: str) -> Params:
+        """What is nested in `prefix`, without it: of `file.driver`, `sub('file')` has `driver`."""
+        head = prefix + "."
+        return Params(
+            tuple(
+                Param(entry.key[len(head) :], entry.value)
+                for entry in self.entries
+                if entry.key.startswith(head)
+            )
+        )
+
+    def rename(self, old: str, new: str) -> Params:
+        """Give the values of `old` to the key `new`, where they stand. Text only."""
+        if self.json is not None:
+            value = self.get(old)
+            return self if value is None else self.without(old).set(new, value)
+        return replace(
+            self,
+            entries=tuple(
+                _pair(new, entry.value) if entry.key == old else entry for entry in self.entries
+            ),
+        )
+
+    def as_text(self) -> Params:
+        """The same parameters as `key=value` text, which loses the types of JSON."""
+        return self if self.json is None else Params.of(self.items(), self.implied)
+
+    def tree(self) -> dict[str, Any]:
+        """Nested dicts and lists: JSON as it is, text with a level for each dotted key."""
+        if self.json is not None:
+            return load_json(self.json)
+        root: dict[str, Any] = {}
+        for entry in self.entries:
+            *path, last = entry.key.split(".")
+            node = root
+            for name in path:
+                below = node.setdefault(name, {})
+                if not isinstance(below, dict):
+                    raise BadCommandLine(
+                        f"Parameters '{name}.*' used inconsistently",
+                        f"'{name}' cannot be a value and a group at once",
+                    )
+                node = below
+            node[last] = entry.value
+        return {name: _listify(node) for name, node in root.items()}
+
+    def cpu_features(self) -> dict[str, str]:
+        """The flags of `-cpu` in QEMU's order of precedence: `flag=value`, then +flag, then -flag.
+
+        Underscores become dashes, as on x86.
+        """
+        rank = {Form.PLUS: 1, Form.MINUS: 2}
+        flags = sorted(
+            (entry for entry in self.entries if entry.form is not Form.BARE),
+            key=lambda entry: rank.get(entry.form, 0),
+        )
+        return {entry.key.replace("_", "-"): entry.value for entry in flags}
+
+    def _filtered(self, keep: Any) -> Params:
+        return replace(self, entries=tuple(filter(keep, self.entries)))
+
+    def _of_tree(self, tree: dict[str, Any]) -> Params:
+        return Params(tuple(_flatten(tree)), self.implied, dump_json(tree))
+
+
+def escape(value: str) -> str:
+    return value.replace(",", ",,")
+
+
+def to_text(value: Value) -> str:
+    """QEMU's text for a value."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _pair(key: str, value: str) -> Param:
+    if "=" in key or "," in key:
+        raise BadCommandLine(f"'{key}' cannot be the name of a parameter", "it has '=' or ','")
+    return Param(key, value)
+
+
+def _can_be_bare(value: str) -> bool:
+    # keyval reads no escaped comma in a bare word, so none is written in one.
+    return bool(value) and not set(value) & {",", "="} and value not in {"help", "?"}
+
+
+def _within(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == group or key.startswith(group + ".") for group in groups)
+
+
+def _split(text: str, implied: str | None) -> Iterator[Param]:
+    """One entry a parameter, by the rules of get_opt_name_value() in util/qemu-option.c."""
+    at = 0
+    while at < len(text):
+        stop = next((i for i in range(at, len(text)) if text[i] in "=,"), len(text))
+        word = text[at:stop]
+        if text[stop : stop + 1] == "=":
+            value, at = _value(text, stop + 1)
+            yield Param(word, value)
+        elif implied is not None:
+            value, at = _value(text, at)
+            yield Param(implied, value, Form.BARE)
+        else:
+            if word.startswith("no"):
+                yield Param(word[2:], "off", Form.OFF)
+            else:
+                yield Param(word, "on", Form.ON)
+            at = stop + 1
+        implied = None
+
+
+def _value(text: str, at: int) -> tuple[str, int]:
+    """The value that begins at `at`, and where the next parameter begins."""
+    value = []
+    while at < len(text):
+        if text[at] == ",":
+            at += 1
+            if text[at : at + 1] != ",":
+                break
+        value.append(text[at])
+        at += 1
+    return "".join(value), at
+
+
+# -- JSON ---------------------------------------------------------------------------------
+
+_STRING = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'", re.DOTALL)
+
+
+def load_json(text: str) -> dict[str, Any]:
+    """An object in QEMU's JSON, which also has strings in single quotes.
+
+    Raises BadCommandLine, also for a key that is given twice, as QEMU does.
+    """
+    try:
+        tree = json.loads(
+            _STRING.sub(_double_quoted, text),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+        )
+    except ValueError as error:
+        raise BadCommandLine(f"JSON parse error: {error}", f"in {text}") from None
+    if not isinstance(tree, dict):
+        raise BadCommandLine("JSON parse error: an object is expected", f"in {text}")
+    return tree
+
+
+def dump_json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False)
+
+
+def _double_quoted(match: re.Match[str]) -> str:
+    inner = re.sub(
+        r"\\.|\"",
+        lambda part: {'"': '\\"', "\\'": "'"}.get(part[0], part[0]),
+        match[0][1:-1],
+        flags=re.DOTALL,
+    )
+    return f'"{inner}"'
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("duplicate key")
+    return tree
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"invalid keyword '{name}'")
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterator[Param]:
+    if isinstance(node, dict):
+        below: Iterable[tuple[Any, Any]] = node.items()
+    elif isinstance(node, list):
+        below = enumerate(node)
+    else:
+        yield Param(prefix, "" if node is None else to_text(node))
+        return
+    for name, value in below:
+        yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _listify(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    below = {name: _listify(value) for name, value in node.items()}
+    if below and all(name.isdecimal() for name in below):
+        return [below[name] for name in sorted(below, key=int)]
+    return below
+
+
+def _slots(node: Any, key: str) -> Iterator[tuple[Any, Any]]:
+    """Every (container, index) that the dotted key can mean; the names in it may have dots."""
+    if isinstance(node, list):
+        head, _, rest = key.partition(".")
+        if not head.isdecimal() or int(head) >= len(node):
+            return
+        if rest:
+            yield from _slots(node[int(head)], rest)
+        else:
+            yield node, int(head)
+    elif isinstance(node, dict):
+        for name in list(node):
+            if name == key:
+                yield node, name
+            elif key.startswith(name + "."):
+                yield from _slots(node[name], key[len(name) + 1 :])
+
+
+def _put(tree: dict[str, Any], key: str, value: Value) -> None:
+    slot = next(_slots(tree, key), None)
+    if slot is not None:
+        container, index = slot
+        container[index] = _typed_as(container[index], value)
+        return
+    # A new key goes into the deepest group that exists.
+    head, dot, _ = key.rpartition(".")
+    while dot:
+        for container, index in _slots(tree, head):
+            if isinstance(container[index], dict):
+                container[index][key[len(head) + 1 :]] = value
+                return
+        head, dot, _ = head.rpartition(".")
+    tree[key] = value
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    for container, index in list(_slots(tree, key)):
+        del container[index]
+    # `file.driver` may also be written as one name at the top.
+    for name in [name for name in tree if name.startswith(key + ".")]:
+        del tree[name]
+
+
+def _typed_as(old: Any, value: Value) -> Value:
+    if not isinstance(value, str):
+        return value
+    if isinstance(old, bool) and value in TRUE | FALSE:
+        return value in TRUE
+    if isinstance(old, int) and not isinstance(old, bool) and re.fullmatch(r"-?\d+", value):
+        return int(value)
+    return value
+
+
+# -- sizes --------------------------------------------------------------------------------
+
+_SUFFIXES = "BKMGTPE"
+_SIZE = re.compile(r"\s*\+?(?:0[xX]([0-9a-fA-F]+)|(\d+)(\.\d*)?)([a-zA-Z]?)", re.ASCII)
+
+
+def parse_size(text: str, default_suffix: str = "M") -> int:
+    """Bytes of a size as QEMU writes it: `512`, `2G`, `1.5G`, `0x1000`. Powers of 1024.
+
+    Raises BadCommandLine. The rules, with their rounding, are do_strtosz()'s in util/cutils.c.
+    """
+    hint = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-, exabytes"
+    match = _SIZE.fullmatch(text)
+    if not match or (match[4] and match[4].upper() not in _SUFFIXES):
+        raise BadCommandLine(f"'{text}' is not a size", hint)
+    hexadecimal, whole, fraction, suffix = match.groups()
+    unit: int = 1024 ** _SUFFIXES.index((suffix or default_suffix).upper())
+    if hexadecimal is not None:
+        size = int(hexadecimal, 16) * unit
+    else:
+        part = Fraction(float(fraction)) if fraction and fraction != "." else Fraction(0)
+        if part and unit == 1:
+            raise BadCommandLine(f"'{text}' is not a whole number of bytes", hint)
+        size = int(whole) * unit + int(part * unit + Fraction(1, 2))
+    if size >= 1 << 64:
+        raise BadCommandLine(f"'{text}' is out of range", "a size is below 2^64 bytes")
+    return size
+
+
+def format_size(size: int) -> str:
+    """The shortest exact text with a suffix, so that no default suffix applies to it."""
+    power = 0
+    while size and size % 1024 == 0 and power < len(_SUFFIXES) - 1:
+        size //= 1024
+        power += 1
+    return f"{size}{_SUFFIXES[power]}"
