@@ -14,8 +14,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 DEMO_PACKAGES := python3-venv qemu-system-x86
-TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf debootstrap \
-	gcc libc6-dev cpio kmod busybox-static|busybox
+TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf gcc libc6-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo releases guest test test-long check format clean demo-packages test-packages
@@ -56,7 +55,7 @@ demo-packages:
 	@scripts/debian-packages $(DEMO_PACKAGES)
 
 test-packages:
-	@scripts/debian-packages $(foreach p,$(TEST_PACKAGES),'$(p)')
+	@scripts/debian-packages $(TEST_PACKAGES)
 
 $(BIN)/python: | demo-packages
 	@test -n "$(PYTHON)" || { echo "Segue needs Python 3.11 or newer" >&2; exit 1; }
