@@ -1,12 +1,15 @@
 """What every kept object is to the supervisor and to the transaction.
 
-An upgrade calls, in this order (all but `arguments` and `identity` must be quick and must not
-wait: they run while the guest is paused or the successor waits for its first instruction):
+A machine's life and an upgrade call, in this order (`hold` to `give_back` run while the guest
+is paused, so they are plain functions that never wait):
 
+    start()              the machine starts: the host end is opened
+    learn(monitor)       the first instance is up: values that it chose are noted
     arguments(lending)   prepare: what the successor is given, with descriptors of its own
     hold()               the guest has stopped: nothing more flows towards it
     take_back()          what the incumbent had not read is taken out of its descriptors
     switch(number)       the successor's `cont` was sent: it is the one that is served now
+    settle(monitor)      the incumbent is dead: what could not be there twice moves over
   or
     give_back()          undo: the incumbent is the one that is served, as if nothing had been
     drop(number)         that instance is dead: what was only for it is closed
@@ -20,17 +23,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segue.qemu.binary import Binary
+from segue.qemu.monitor import Monitor
 
 
 @dataclass
 class Lending:
     """What one instance is to be given: who it is, and the descriptors that it inherits.
 
-    `number` counts the instances of a machine from 1. `target` is the binary that will run.
+    `number` counts the instances of a machine from 1. `target` is the binary that will run;
+    `cpu` is what it makes of the machine's CPU model, where that model floats.
     """
 
     number: int
     target: Binary
+    cpu: dict[str, Any] = field(default_factory=dict)
     _inherited: set[int] = field(default_factory=set)
 
     @property
@@ -61,6 +67,12 @@ class Kept(Part):
     kind: str
     name: str
 
+    async def start(self) -> None:  # noqa: B027
+        """Open the host end. Raises SegueError with the reason."""
+
+    async def learn(self, monitor: Monitor) -> None:  # noqa: B027
+        """Note what the first instance chose, so that later ones are told the same."""
+
     def hold(self) -> None:  # noqa: B027
         """The guest has stopped: let nothing more flow towards it."""
 
@@ -69,6 +81,9 @@ class Kept(Part):
 
     def switch(self, number: int) -> None:  # noqa: B027
         """Instance `number` runs the guest from now on: serve it."""
+
+    async def settle(self, monitor: Monitor) -> None:  # noqa: B027
+        """The incumbent is dead: set up on the successor what could not be there twice."""
 
     def give_back(self) -> None:  # noqa: B027
         """The incumbent goes on: give it what was taken, and serve it again."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
+import termios
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from segue.errors import InstanceDied, TimedOut
+from segue.errors import InstanceDied, MonitorClosed, TimedOut
 from segue.qemu.monitor import Monitor
 
 MONITOR_ID = "segue-monitor"
@@ -27,11 +30,21 @@ def start_time(pid: int) -> int:
         return int(file.read().rpartition(b")")[2].split()[19])
 
 
+def _stopped(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t", b"Z", b"X")
+
+
 class Instance:
     """A QEMU process and its monitor. Made by `spawn`, taken into service by `connect`."""
 
     def __init__(
-        self, number: int, argv: list[str], process: subprocess.Popen[bytes], sock: socket.socket
+        self,
+        number: int,
+        argv: list[str],
+        process: subprocess.Popen[bytes],
+        sock: socket.socket,
+        their_end: socket.socket,
     ) -> None:
         self.number = number
         self.argv = argv
@@ -40,10 +53,12 @@ class Instance:
         self.last_words: deque[str] = deque(maxlen=20)
         self._process = process
         self._sock: socket.socket | None = sock
+        self._their_end = their_end
         self._monitor: Monitor | None = None
         self._loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(process.pid)
         self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._read_last_words: Callable[[], None] = lambda: None
         self._loop.add_reader(self._pidfd, self._reap)
 
     @classmethod
@@ -63,31 +78,31 @@ class Instance:
         connection outlives a supervisor that is killed.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            full = [
-                *argv,
-                "-chardev",
-                f"socket,id={MONITOR_ID},fd={theirs.fileno()}",
-                "-mon",
-                f"chardev={MONITOR_ID},mode=control",
-            ]
-            read_end, write_end = os.pipe()
-            try:
-                process = subprocess.Popen(
-                    full,
-                    stdin=subprocess.DEVNULL,
-                    stdout=stdout,
-                    stderr=write_end,
-                    pass_fds=(*descriptors, theirs.fileno(), ours.fileno()),
-                    start_new_session=True,
-                )
-            except BaseException:
-                os.close(read_end)
-                ours.close()
-                raise
-            finally:
-                os.close(write_end)
-        instance = cls(number, full, process, ours)
+        full = [
+            *argv,
+            "-chardev",
+            f"socket,id={MONITOR_ID},fd={theirs.fileno()}",
+            "-mon",
+            f"chardev={MONITOR_ID},mode=control",
+        ]
+        read_end, write_end = os.pipe()
+        try:
+            process = subprocess.Popen(
+                full,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=write_end,
+                pass_fds=(*descriptors, theirs.fileno(), ours.fileno()),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(read_end)
+            ours.close()
+            theirs.close()
+            raise
+        finally:
+            os.close(write_end)
+        instance = cls(number, full, process, ours, theirs)
         instance._read_stderr(read_end, on_stderr)
         return instance
 
@@ -106,8 +121,12 @@ class Instance:
             self._monitor = connecting.result()
         except TimeoutError:
             raise TimedOut(f"QEMU (pid {self.pid}) did not answer for {timeout:g} s") from None
-        except OSError:
-            raise await self.death() from None
+        except MonitorClosed:
+            # Its end of the socket closes a moment before its pidfd becomes readable.
+            with contextlib.suppress(TimeoutError):
+                await self.wait(timeout=2)
+                raise await self.death() from None
+            raise
         finally:
             connecting.cancel()
             with contextlib.suppress(BaseException):
@@ -160,6 +179,35 @@ class Instance:
         self.signal(signal.SIGKILL)
         return await self.wait()
 
+    @property
+    def left_commands_unread(self) -> bool:
+        """Whether QEMU has not read the last command that it was sent: then it did not obey.
+
+        Our duplicate of its end of the monitor shows what waits there (unix(7), SIOCINQ). One
+        byte is not proof: it may be the newline behind a command that was read.
+        """
+        waiting = array.array("i", [0])
+        fcntl.ioctl(self._their_end.fileno(), termios.FIONREAD, waiting)
+        return waiting[0] > 1
+
+    async def kill_unless_obeyed(self) -> bool:
+        """Kill a hung process if it cannot have obeyed the last command; whether it was killed.
+
+        It is stopped first, so that it cannot read the command between the look and the kill.
+        """
+        self.signal(signal.SIGSTOP)
+        while self.running and not _stopped(self.pid):
+            await asyncio.sleep(0.001)
+        if self.left_commands_unread:
+            await self.kill()
+            return True
+        self.signal(signal.SIGCONT)
+        return False
+
+    def close(self) -> None:
+        """Let go of what is kept to judge a dead process."""
+        self._their_end.close()
+
     def kill_at_once(self) -> None:
         """As `kill`, without the event loop; for the last moments of the supervisor."""
         self.signal(signal.SIGKILL)
@@ -170,6 +218,7 @@ class Instance:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         status = self._process.wait()
+        self._read_last_words()
         if self._monitor is not None:
             self._monitor.close()
         elif self._sock is not None:
@@ -189,10 +238,12 @@ class Instance:
             if not chunk:
                 self._loop.remove_reader(fd)
                 os.close(fd)
+                self._read_last_words = lambda: None
                 return
             on_stderr(chunk)
             *lines, rest = (rest + chunk).split(b"\n")
             self.last_words.extend(line.decode(errors="replace").rstrip() for line in lines)
 
+        self._read_last_words = readable
         self._loop.add_reader(fd, readable)
 

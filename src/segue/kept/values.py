@@ -1,0 +1,111 @@
+"""Values that mean something else in the next release, or are drawn anew at each start.
+
+They are noted when the first instance runs, and told to every later one.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from segue.errors import CommandFailed
+from segue.kept.base import Lending
+from segue.kept.draft import Computed, Draft
+from segue.qemu.commandline import Option
+from segue.qemu.monitor import Monitor
+from segue.qemu.options import Params
+
+# CPU models whose meaning depends on the host, the accelerator and the release.
+FLOATING_CPUS = ("host", "max", "base")
+
+
+@dataclass
+class Values:
+    """What the first instance made of the user's words; empty until `learn`."""
+
+    cpu_model: str | None = None
+    machine_type: str | None = None
+    cpu: dict[str, Any] = field(default_factory=dict)
+
+    async def learn(self, monitor: Monitor) -> None:
+        name = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+        self.machine_type = name.removesuffix("-machine")
+        if self.cpu_model is not None:
+            self.cpu = await expand_cpu(monitor, self.cpu_model)
+
+    def cpu_arguments(self, target: dict[str, Any]) -> str:
+        """`-cpu`'s value for a target whose own expansion of the model is `target`.
+
+        What the target would switch on by itself, and the first instance had not, is off.
+        """
+        settings = {n: v for n, v in self.cpu.items() if n in target}
+        settings |= {n: False for n, v in target.items() if v is True and n not in self.cpu}
+        changed = {n: v for n, v in settings.items() if target[n] != v}
+        words = [f"{name}={_text(value)}" for name, value in sorted(changed.items())]
+        name = (self.cpu_model or "").partition(",")[0]
+        return ",".join([name, *words])
+
+    def cpu_lacks(self, target: dict[str, Any]) -> list[str]:
+        """Features that the guest was shown and the target does not know."""
+        return sorted(n for n, v in self.cpu.items() if v is True and n not in target)
+
+
+async def expand_cpu(monitor: Monitor, model: str) -> dict[str, Any]:
+    """Every property of a CPU model as this binary means it; empty where it cannot tell.
+
+    query-cpu-model-expansion, QEMU 2.8; aarch64 answers with few properties and for few models.
+    """
+    name, _, rest = model.partition(",")
+    given: dict[str, Any] = {"name": name}
+    props: dict[str, Any] = {}
+    for key, value in Params.parse(rest).items() if rest else ():
+        if key[0] in "+-":
+            props[key[1:]] = key[0] == "+"
+        else:
+            props[key] = {"on": True, "off": False}.get(value, value)
+    if props:
+        given["props"] = props
+    try:
+        answer = await monitor.execute("query-cpu-model-expansion", {"type": "full", "model": given})
+    except CommandFailed:
+        return {}
+    expanded: dict[str, Any] = answer["model"].get("props", {})
+    return expanded
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+class ValuesRule:
+    """Machine alias, floating CPU models, and `guid=auto`."""
+
+    def __init__(self, values: Values) -> None:
+        self._values = values
+
+    def apply(self, draft: Draft) -> None:
+        for option in draft.options("device"):
+            self._fix_guid(draft, option)
+
+        def machine(lending: Lending) -> list[str]:
+            known = self._values.machine_type
+            return [] if lending.first or known is None else ["-machine", f"type={known}"]
+
+        draft.add(Computed(machine))
+        for option in draft.options("cpu"):
+            if (option.value or "").partition(",")[0] in FLOATING_CPUS:
+                self._values.cpu_model = option.value
+                draft.replace(option, Computed(lambda lending, o=option: self._cpu(lending, o)))
+
+    def _cpu(self, lending: Lending, option: Option) -> list[str]:
+        if lending.first or not lending.cpu:
+            return option.argv()
+        return ["-cpu", self._values.cpu_arguments(lending.cpu)]
+
+    def _fix_guid(self, draft: Draft, option: Option) -> None:
+        if option.params.get("driver") == "vmgenid" and option.params.get("guid") == "auto":
+            guid = str(uuid.uuid4())
+            draft.replace(option, option.with_params(option.params.set("guid", guid)))

@@ -1,0 +1,400 @@
+"""Handover: a successor beside the incumbent, on the same RAM, takes over the device state.
+
+The class is the transaction of docs/concepts: its phases are those of `phases.py`, in their
+order. There is one commit point, the sending of `cont` to the successor (for a guest that stays
+paused, the kill of the incumbent). Every way out before it goes through `_undo`, in which the
+successor is dead and reaped before the incumbent may go on: `cont` on the incumbent beside a
+running successor destroyed the guest in 6 of 6 trials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from segue.errors import (
+    Blocker,
+    CommandFailed,
+    GuestLost,
+    InstanceDied,
+    MonitorClosed,
+    Refused,
+    SegueError,
+    TimedOut,
+)
+from segue.kept.base import Kept
+from segue.qemu import migration
+from segue.qemu.instance import Instance
+from segue.qemu.migration import MigrationWatch
+from segue.qemu.monitor import Event
+from segue.upgrade import compare, images, placement
+from segue.upgrade.journal import Journal
+from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, Phase
+from segue.upgrade.receipt import DONE, REHEARSED, Receipt
+
+ON_INCUMBENT = "running on the incumbent"
+ON_SUCCESSOR = "running on the successor"
+
+# What a guest does that leaves nothing to be handed over.
+_ENDINGS = {
+    "SHUTDOWN": "the guest powered off",
+    "GUEST_PANICKED": "the guest panicked",
+}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the supervisor lends to a transaction.
+
+    `checkpoint(phase)` is awaited at the beginning of each phase; tests stop there.
+    `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance)`
+    ends both, and says who answers them from then on.
+    `on_limbo` is told when nobody can know whether the successor runs the guest.
+    """
+
+    spawn: Callable[[], Instance]
+    kept: Sequence[Kept]
+    journal: Journal
+    read_only: Callable[[], Awaitable[None]]
+    closed: Callable[[], Awaitable[None]]
+    served: Callable[[Instance], None]
+    progress: Callable[[dict[str, Any]], None]
+    checkpoint: Callable[[str], Awaitable[None]]
+    on_limbo: Callable[[], None]
+
+
+@dataclass
+class Handover:
+    """One attempt. `timeout` bounds all that comes before commit, in seconds."""
+
+    incumbent: Instance
+    target: str
+    surroundings: Surroundings
+    receipt: Receipt
+    rehearse: bool = False
+    timeout: float | None = None
+    successor: Instance | None = None
+    phase: Phase = PREPARE
+    _was_running: bool = True
+    _events: list[Event] = field(default_factory=list)
+    _late: list[dict[str, Any]] = field(default_factory=list)
+    _before: migration.Settings | None = None
+    _fresh: migration.Settings | None = None
+    _own: float | None = None
+    _held: bool = False
+    _watches: list[MigrationWatch] = field(default_factory=list)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    async def run(self) -> Receipt:
+        """Carry it out; the receipt tells how it ended. Raises nothing on purpose."""
+        self._stack.callback(self.incumbent.monitor.listen(self._events.append))
+        try:
+            async with asyncio.timeout(self.timeout) as budget:
+                await self._enter(PREPARE, self._prepare)
+                await self._enter(OPEN, self._open)
+                await self._enter(HOLD, self._hold)
+                await self._enter(MOVE, self._move)
+                budget.reschedule(None)
+            if self.rehearse:
+                await self._undo()
+                self.receipt.result = REHEARSED
+            else:
+                await self._enter(COMMIT, self._commit)
+        except BaseException as error:
+            await self._fail(error)
+        if self.receipt.result != REHEARSED and self.receipt.error is None:
+            self.receipt.result = DONE
+            for phase, work in ((RELEASE, self._release), (RETIRE, self._retire)):
+                try:
+                    await self._enter(phase, work)
+                except (SegueError, OSError) as error:
+                    self.receipt.warnings.append(f"phase {phase.name}: {error}")
+        self._stack.close()
+        self._tell_late()
+        return self.receipt
+
+    def call_off(self, task: asyncio.Task[Receipt]) -> None:
+        """Undo if the commit point has not been reached; otherwise let it finish."""
+        if self.phase in (PREPARE, OPEN, HOLD, MOVE):
+            task.cancel()
+
+    async def _enter(self, phase: Phase, work: Callable[[], Awaitable[None]]) -> None:
+        self.phase = phase
+        await self.surroundings.checkpoint(phase.name)
+        self._tell({"phase": phase.name, "state": "begin"})
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(phase.limit):
+                await work()
+        except TimeoutError:
+            raise TimedOut(f"phase {phase.name} took longer than {phase.limit:g} s") from None
+        finally:
+            seconds = time.monotonic() - started
+            self.receipt.phases[phase.name] = seconds
+            self._tell({"phase": phase.name, "state": "end", "seconds": round(seconds, 6)})
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Progress; what happens in the blackout is told after it."""
+        if self.phase.paused:
+            self._late.append(event)
+        else:
+            self._tell_late()
+            self.surroundings.progress(event)
+
+    def _tell_late(self) -> None:
+        late, self._late = self._late, []
+        for event in late:
+            self.surroundings.progress(event)
+
+    async def _prepare(self) -> None:
+        status = (await self.incumbent.monitor.execute("query-status"))["status"]
+        if status not in ("running", "paused", "prelaunch"):
+            raise Refused(
+                f"the guest is {status}: only a running or paused guest can be handed over",
+                hint="`cont` it, or start it again",
+            )
+        self._was_running = status == "running"
+        self.surroundings.journal.write("prepare", self.incumbent, None)
+        self.successor = successor = self.surroundings.spawn()
+        placement.copy(self.incumbent.pid, successor.pid)
+        self.surroundings.journal.write("prepare", self.incumbent, successor)
+        monitor = await successor.connect(PREPARE.limit)
+        await placement.copy_vcpus(self.incumbent.monitor, monitor)
+        await self.surroundings.read_only()
+        old, new = await asyncio.gather(
+            compare.describe(self.incumbent.monitor, self.target),
+            compare.describe(monitor, self.target),
+        )
+        differences = compare.differences(old, new)
+        if differences:
+            raise Refused(
+                "the successor is not the same machine",
+                hint="nothing was changed; the differences are listed as blockers",
+                blockers=tuple(
+                    Blocker("machine", d, "upgrade to a QEMU that builds the same machine")
+                    for d in differences
+                ),
+            )
+
+    async def _open(self) -> None:
+        assert self.successor is not None
+        old, new = self.incumbent.monitor, self.successor.monitor
+        self._before = await migration.configure(old, migration.SENDER)
+        self._fresh = await migration.configure(new, migration.RECEIVER)
+        names = await images.paths(old)
+        fds = self._stack.enter_context(images.opened(names))
+        self._watches = [MigrationWatch(self.incumbent), MigrationWatch(self.successor)]
+        for watch in self._watches:
+            self._stack.callback(watch.close)
+        await self._channel()
+        await self.surroundings.closed()
+        await images.write_out(fds)
+        self.surroundings.journal.write("open", self.incumbent, self.successor)
+        self._check_guest()
+        await old.execute("migrate", {"uri": "fd:segue"})
+        await self._reach(self._watches[0], "pre-switchover")
+
+    async def _channel(self) -> None:
+        """A socket between the two; no path in a directory that may be full or too long."""
+        assert self.successor is not None
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for monitor, end in ((self.incumbent.monitor, ours), (self.successor.monitor, theirs)):
+                await monitor.execute("getfd", {"fdname": "segue"}, fds=[end.fileno()])
+        await self.successor.monitor.execute("migrate-incoming", {"uri": "fd:segue"})
+
+    async def _hold(self) -> None:
+        self._held = True
+        for kept in self.surroundings.kept:
+            kept.hold()
+        for kept in self.surroundings.kept:
+            kept.take_back()
+        self.surroundings.journal.write("hold", self.incumbent, self.successor)
+        # Events come before the answer: after one round trip nothing is on its way any more.
+        await self.incumbent.monitor.execute("query-status")
+        self._check_guest()
+
+    async def _move(self) -> None:
+        self.surroundings.journal.write("move", self.incumbent, self.successor)
+        self._own = time.time() - self._watches[0].reached("pre-switchover")
+        continued = self.incumbent.monitor.relay(
+            {"execute": "migrate-continue", "arguments": {"state": "pre-switchover"}}
+        )
+        loaded = asyncio.ensure_future(self._reach(self._watches[1], "completed"))
+        sent = asyncio.ensure_future(self._reach(self._watches[0], "completed"))
+        try:
+            reply = await continued
+            if "error" in reply:
+                raise CommandFailed(f"migrate-continue: {reply['error']['desc']}")
+            await asyncio.gather(loaded, sent)
+        finally:
+            for task in (loaded, sent):
+                task.cancel()
+            await asyncio.gather(loaded, sent, return_exceptions=True)
+        self._check_guest()
+
+    async def _commit(self) -> None:
+        assert self.successor is not None
+        self.surroundings.journal.write("commit", self.incumbent, self.successor)
+        if not self._was_running:
+            await self.incumbent.kill()
+            self._switch()
+            return
+        resumed = asyncio.get_running_loop().create_future()
+        unlisten = self.successor.monitor.listen(
+            lambda event: _resumed(event, resumed) if event["event"] == "RESUME" else None
+        )
+        self._stack.callback(unlisten)
+        answer = self.successor.monitor.relay({"execute": "cont"})
+        if self._own is not None:
+            self._own += time.time() - max(w.reached("completed") for w in self._watches)
+        reply = await self._answer_to_cont(answer)
+        if "error" in reply:
+            raise CommandFailed(f"cont on the successor: {reply['error']['desc']}")
+        self._switch()
+        if resumed.done():
+            self._measure(resumed.result())
+
+    async def _answer_to_cont(self, answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
+        """The commit point has been passed: only proof that the guest did not run goes back."""
+        assert self.successor is not None
+        try:
+            async with asyncio.timeout(COMMIT.limit / 2):
+                return await asyncio.shield(answer)
+        except MonitorClosed:
+            if self.successor.left_commands_unread:
+                raise InstanceDied("the successor died before it read `cont`") from None
+            raise GuestLost(
+                "the successor died after it was told to run the guest",
+                hint="see the machine's qemu.log",
+                guest="lost",
+            ) from None
+        except TimeoutError:
+            if await self.successor.kill_unless_obeyed():
+                raise TimedOut("the successor hung before it read `cont`") from None
+            self.surroundings.on_limbo()
+            return await answer
+
+    def _switch(self) -> None:
+        assert self.successor is not None
+        for kept in self.surroundings.kept:
+            kept.switch(self.successor.number)
+        self.surroundings.served(self.successor)
+
+    def _measure(self, resumed: float) -> None:
+        stop = next((e for e in self._events if e["event"] == "STOP"), None)
+        if stop is not None:
+            self.receipt.blackout_seconds = resumed - _seconds(stop)
+            self.receipt.clock_lag_seconds = self.receipt.blackout_seconds
+        self.receipt.own_seconds = self._own
+
+    async def _release(self) -> None:
+        assert self.successor is not None
+        self.receipt.guest = ON_SUCCESSOR if self._was_running else "paused on the successor"
+
+    async def _retire(self) -> None:
+        assert self.successor is not None
+        await self.incumbent.kill()
+        for kept in self.surroundings.kept:
+            kept.drop(self.incumbent.number)
+        for kept in self.surroundings.kept:
+            try:
+                await kept.settle(self.successor.monitor)
+            except SegueError as error:
+                self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error.what}")
+        if self._before is not None and self._fresh is not None:
+            await migration.restore(self.successor.monitor, self._fresh.with_those_of(self._before))
+        self.surroundings.journal.write("done", self.successor, None)
+
+    async def _reach(self, watch: MigrationWatch, status: str) -> None:
+        """As MigrationWatch.reach, but a dead successor is named as what it is."""
+        try:
+            await watch.reach(status)
+        except SegueError:
+            successor = self.successor
+            if successor is not None and not successor.running:
+                raise await successor.death() from None
+            raise
+
+    def _check_guest(self) -> None:
+        for event in self._events:
+            if event["event"] in _ENDINGS:
+                raise SegueError(
+                    f"{_ENDINGS[event['event']]} during the upgrade", guest="not running"
+                )
+            if event["event"] == "BLOCK_IO_ERROR" and event["data"]["action"] == "stop":
+                raise SegueError("the guest was stopped by an I/O error during the upgrade")
+
+    async def _fail(self, error: BaseException) -> None:
+        """Undo, and put what happened into the receipt."""
+        told: SegueError
+        if isinstance(error, SegueError):
+            told = error
+        elif isinstance(error, TimeoutError):
+            told = TimedOut(f"the upgrade took longer than {self.timeout:g} s")
+        elif isinstance(error, asyncio.CancelledError):
+            told = SegueError("the upgrade was called off")
+        elif isinstance(error, OSError):
+            told = SegueError(f"{error.strerror or error} in phase {self.phase.name}")
+        else:
+            told = SegueError(f"internal error in phase {self.phase.name}: {error!r}")
+        if isinstance(told, GuestLost):
+            self.receipt.failed(told)
+            return
+        try:
+            await self._undo()
+        except SegueError as worse:
+            told = worse
+        self.receipt.failed(told)
+
+    async def _undo(self) -> None:
+        """The incumbent goes on. Raises GuestLost if it cannot."""
+        self._tell({"phase": "undo", "state": "begin"})
+        if self.successor is not None:
+            await self.successor.kill()
+        self.surroundings.journal.write("undo", self.incumbent, self.successor)
+        if not self.incumbent.running:
+            raise GuestLost(
+                str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
+            )
+        monitor = self.incumbent.monitor
+        try:
+            await migration.cancel(monitor)
+            ended = any(e["event"] in _ENDINGS for e in self._events)
+            if self._was_running and not ended:
+                await monitor.execute("cont")
+            if self._before is not None:
+                await migration.restore(monitor, self._before)
+        except MonitorClosed:
+            raise GuestLost(
+                str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
+            ) from None
+        for kept in self.surroundings.kept:
+            if self._held:
+                kept.give_back()
+            if self.successor is not None:
+                kept.drop(self.successor.number)
+        self.surroundings.served(self.incumbent)
+        stop = next((e for e in self._events if e["event"] == "STOP"), None)
+        resume = next((e for e in reversed(self._events) if e["event"] == "RESUME"), None)
+        if stop and resume:
+            self.receipt.blackout_seconds = _seconds(resume) - _seconds(stop)
+        self.surroundings.journal.write("done", self.incumbent, None)
+        self.phase = PREPARE
+        self._tell({"phase": "undo", "state": "end"})
+
+
+def _seconds(event: Event) -> float:
+    stamp = event["timestamp"]
+    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
+
+
+def _resumed(event: Event, future: asyncio.Future[float]) -> None:
+    if not future.done():
+        future.set_result(_seconds(event))
+

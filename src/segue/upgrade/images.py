@@ -1,0 +1,62 @@
+"""Disk images as the host sees them, to be written out before the guest is stopped.
+
+STOP flushes every image. With 512 MiB of unflushed guest writes that took 236 ms on QEMU 7.2,
+all of it blackout; after an `fdatasync` from outside, 1.2 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+from segue.qemu.monitor import Monitor
+
+# Another round is worth its time while the last one took longer than this many seconds.
+_QUICK = 0.005
+_ROUNDS = 5
+
+
+async def paths(monitor: Monitor) -> list[str]:
+    """Files and block devices that the machine writes to (query-named-block-nodes, flat)."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return sorted(
+        {
+            node["file"]
+            for node in nodes
+            if node["drv"] in ("file", "host_device")
+            and not node["ro"]
+            and not node["cache"]["no-flush"]
+        }
+    )
+
+
+@contextlib.contextmanager
+def opened(names: list[str]) -> Iterator[list[int]]:
+    """Descriptors on the images; one that cannot be opened is left to STOP's own flush."""
+    fds: list[int] = []
+    try:
+        for name in names:
+            with contextlib.suppress(OSError):
+                fds.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def write_out(fds: list[int]) -> None:
+    """fdatasync until little is left to be written, in threads of their own."""
+    for _ in range(_ROUNDS):
+        started = time.monotonic()
+        await asyncio.gather(*(asyncio.to_thread(_sync, fd) for fd in fds))
+        if time.monotonic() - started < _QUICK:
+            return
+
+
+def _sync(fd: int) -> None:
+    # An image on a full or broken disk shows its error to the guest, at STOP as at any time.
+    with contextlib.suppress(OSError):
+        os.fdatasync(fd)
