@@ -67,7 +67,11 @@ class Option:
 
     @property
     def id(self) -> str | None:
-        return self.params.get("id")
+        """The first `id`, which is the one that QemuOpts takes; None if there is none."""
+        known = OPTIONS.get(self.name)
+        if known and known.syntax is not Syntax.PARAMS:
+            return None
+        return next(iter(self.params.all("id")), None)
 
     def with_params(self, params: Params) -> Option:
         return replace(self, value=str(params))
@@ -294,7 +298,7 @@ def _defaults_despite_config(
     extra: list[Option] = []
     if groups & {"net", "nic", "netdev"} and not given & {"net", "nic", "netdev"}:
         extra += [Option.of("net", "nic"), Option.of("net", "user")]
-    if "mon" in groups and not _settles_monitor(options):
+    if "mon" in groups and not settles_monitor(options):
         if "nographic" not in given:
             extra.append(Option.of("monitor", "vc:80Cx24C"))
         elif settles_serial(options):
@@ -304,10 +308,16 @@ def _defaults_despite_config(
     return extra
 
 
-def _settles_monitor(options: Sequence[Option]) -> bool:
+# Since 11.1.
+_MONITORS = frozenset({"monitor-qmp", "monitor-hmp"})
+
+
+def settles_monitor(options: Sequence[Option]) -> bool:
+    """Whether the user's options keep QEMU from adding a monitor of its own."""
     return any(
-        option.name in {"monitor", "qmp", "qmp-pretty"}
+        option.name in {"monitor", "qmp", "qmp-pretty", "nodefaults"}
         or (option.name == "mon" and option.place is None)
+        or (option.name == "object" and (option.params.get("qom-type") in _MONITORS))
         or (option.name in {"serial", "parallel"} and (option.value or "").startswith("mon:"))
         for option in options
     )

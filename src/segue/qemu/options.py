@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
@@ -105,10 +105,10 @@ class Params:
 
     @classmethod
     def of(
-        cls, pairs: Iterable[tuple[str, Value]] | dict[str, Value], implied: str | None = None
+        cls, pairs: Iterable[tuple[str, Value]] | Mapping[str, Value], implied: str | None = None
     ) -> Params:
         """Build from keys and values; a first key that is `implied` is printed bare."""
-        items = pairs.items() if isinstance(pairs, dict) else pairs
+        items = pairs.items() if isinstance(pairs, Mapping) else pairs
         entries = [_pair(key, to_text(value)) for key, value in items]
         if entries and entries[0].key == implied and _can_be_bare(entries[0].value):
             entries[0] = entries[0]._replace(form=Form.BARE)
@@ -192,9 +192,9 @@ class Params:
                 done = True
         return replace(self, entries=(*kept, *(() if done else (new,))))
 
-    def update(self, pairs: Iterable[tuple[str, Value]] | dict[str, Value]) -> Params:
+    def update(self, pairs: Iterable[tuple[str, Value]] | Mapping[str, Value]) -> Params:
         result = self
-        for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        for key, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
             result = result.set(key, value)
         return result
 
