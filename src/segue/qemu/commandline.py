@@ -17,7 +17,7 @@ from pathlib import Path
 
 from segue.errors import BadCommandLine
 from segue.qemu.configfile import Section, read_config
-from segue.qemu.options import Params, parse_size
+from segue.qemu.options import HELP, Form, Params, parse_size
 from segue.qemu.optiontable import ALIASES, GROUPS, OPTIONS, Known, Syntax
 
 
@@ -235,12 +235,32 @@ class CommandLine:
     def pidfile(self) -> str | None:
         return self.value("pidfile")
 
+    @property
+    def only_prints(self) -> bool:
+        """Whether QEMU will print a list or its version and exit: `-version`, `-cpu help`, ..."""
+        return any(map(_asks_for_help, self.options))
+
     def _merged(self, name: str, start: Params | None = None) -> Params:
         """All options of one name whose QemuOpts list has merge_lists, as one."""
         merged = start if start is not None else Params((), OPTIONS[name].implied)
         for option in self.all(name):
             merged = merged.update(option.params.items())
         return merged
+
+
+def _asks_for_help(option: Option) -> bool:
+    if option.name in ("help", "version", "audio-help"):
+        return True
+    known = OPTIONS.get(option.name)
+    if option.value is None or known is None:
+        return False
+    if known.syntax is not Syntax.PARAMS:
+        return option.value in HELP and option.name in ("cpu", "d", "L", "vga")
+    return any(
+        (entry.form is Form.BARE and entry.value in HELP and option.name != "name")
+        or (entry.form is Form.ON and entry.key in HELP)
+        for entry in option.params.entries
+    )
 
 
 def _option(words: Sequence[str], at: int) -> Option:

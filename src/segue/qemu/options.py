@@ -12,21 +12,29 @@ target/i386/cpu.c of QEMU 7.2 and 10.0.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
+from itertools import starmap
 from typing import Any, NamedTuple
 
 from segue.errors import BadCommandLine
+from segue.qemu.jsontree import (
+    FALSE,
+    TRUE,
+    Value,
+    drop,
+    dump_json,
+    flatten,
+    load_json,
+    put,
+    to_text,
+)
 
-# What a caller may set: JSON parameters keep the type, text parameters get QEMU's spelling.
-Value = str | bool | int
-
-TRUE = frozenset({"on", "yes", "true", "y"})
-FALSE = frozenset({"off", "no", "false", "n"})
+# Words that ask QEMU to list what there is.
+HELP = frozenset({"help", "?"})
 
 
 class Form(Enum):
@@ -82,7 +90,7 @@ class Params:
         """
         if text.startswith("{"):
             tree = load_json(text)
-            return cls(tuple(_flatten(tree)), implied, dump_json(tree))
+            return cls(tuple(starmap(Param, flatten(tree))), implied, dump_json(tree))
         return cls(tuple(_split(text, implied)), implied)
 
     @classmethod
@@ -178,7 +186,7 @@ class Params:
         """
         if self.json is not None:
             tree = load_json(self.json)
-            _put(tree, key, value)
+            put(tree, key, value)
             return self._of_tree(tree)
         new = _pair(key, to_text(value))
         kept: list[Param] = []
@@ -203,7 +211,7 @@ class Params:
         if self.json is not None:
             tree = load_json(self.json)
             for key in keys:
-                _drop(tree, key)
+                drop(tree, key)
             return self._of_tree(tree)
         return self._filtered(lambda entry: not _within(entry.key, keys))
 
@@ -275,18 +283,11 @@ class Params:
         return replace(self, entries=tuple(filter(keep, self.entries)))
 
     def _of_tree(self, tree: dict[str, Any]) -> Params:
-        return Params(tuple(_flatten(tree)), self.implied, dump_json(tree))
+        return Params(tuple(starmap(Param, flatten(tree))), self.implied, dump_json(tree))
 
 
 def escape(value: str) -> str:
     return value.replace(",", ",,")
-
-
-def to_text(value: Value) -> str:
-    """QEMU's text for a value."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
 
 
 def _pair(key: str, value: str) -> Param:
@@ -297,7 +298,7 @@ def _pair(key: str, value: str) -> Param:
 
 def _can_be_bare(value: str) -> bool:
     # keyval reads no escaped comma in a bare word, so none is written in one.
-    return bool(value) and not set(value) & {",", "="} and value not in {"help", "?"}
+    return bool(value) and not set(value) & {",", "="} and value not in HELP
 
 
 def _within(key: str, groups: tuple[str, ...]) -> bool:
@@ -336,128 +337,6 @@ def _value(text: str, at: int) -> tuple[str, int]:
         value.append(text[at])
         at += 1
     return "".join(value), at
-
-
-# -- JSON ---------------------------------------------------------------------------------
-
-_STRING = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'", re.DOTALL)
-
-
-def load_json(text: str) -> dict[str, Any]:
-    """An object in QEMU's JSON, which also has strings in single quotes.
-
-    Raises BadCommandLine, also for a key that is given twice, as QEMU does.
-    """
-    try:
-        tree = json.loads(
-            _STRING.sub(_double_quoted, text),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-        )
-    except ValueError as error:
-        raise BadCommandLine(f"JSON parse error: {error}", f"in {text}") from None
-    if not isinstance(tree, dict):
-        raise BadCommandLine("JSON parse error: an object is expected", f"in {text}")
-    return tree
-
-
-def dump_json(tree: dict[str, Any]) -> str:
-    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False)
-
-
-def _double_quoted(match: re.Match[str]) -> str:
-    inner = re.sub(
-        r"\\.|\"",
-        lambda part: {'"': '\\"', "\\'": "'"}.get(part[0], part[0]),
-        match[0][1:-1],
-        flags=re.DOTALL,
-    )
-    return f'"{inner}"'
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        raise ValueError("duplicate key")
-    return tree
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"invalid keyword '{name}'")
-
-
-def _flatten(node: Any, prefix: str = "") -> Iterator[Param]:
-    if isinstance(node, dict):
-        below: Iterable[tuple[Any, Any]] = node.items()
-    elif isinstance(node, list):
-        below = enumerate(node)
-    else:
-        yield Param(prefix, "" if node is None else to_text(node))
-        return
-    for name, value in below:
-        yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-
-
-def _listify(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    below = {name: _listify(value) for name, value in node.items()}
-    if below and all(name.isdecimal() for name in below):
-        return [below[name] for name in sorted(below, key=int)]
-    return below
-
-
-def _slots(node: Any, key: str) -> Iterator[tuple[Any, Any]]:
-    """Every (container, index) that the dotted key can mean; the names in it may have dots."""
-    if isinstance(node, list):
-        head, _, rest = key.partition(".")
-        if not head.isdecimal() or int(head) >= len(node):
-            return
-        if rest:
-            yield from _slots(node[int(head)], rest)
-        else:
-            yield node, int(head)
-    elif isinstance(node, dict):
-        for name in list(node):
-            if name == key:
-                yield node, name
-            elif key.startswith(name + "."):
-                yield from _slots(node[name], key[len(name) + 1 :])
-
-
-def _put(tree: dict[str, Any], key: str, value: Value) -> None:
-    slot = next(_slots(tree, key), None)
-    if slot is not None:
-        container, index = slot
-        container[index] = _typed_as(container[index], value)
-        return
-    # A new key goes into the deepest group that exists.
-    head, dot, _ = key.rpartition(".")
-    while dot:
-        for container, index in _slots(tree, head):
-            if isinstance(container[index], dict):
-                container[index][key[len(head) + 1 :]] = value
-                return
-        head, dot, _ = head.rpartition(".")
-    tree[key] = value
-
-
-def _drop(tree: dict[str, Any], key: str) -> None:
-    for container, index in list(_slots(tree, key)):
-        del container[index]
-    # `file.driver` may also be written as one name at the top.
-    for name in [name for name in tree if name.startswith(key + ".")]:
-        del tree[name]
-
-
-def _typed_as(old: Any, value: Value) -> Value:
-    if not isinstance(value, str):
-        return value
-    if isinstance(old, bool) and value in TRUE | FALSE:
-        return value in TRUE
-    if isinstance(old, int) and not isinstance(old, bool) and re.fullmatch(r"-?\d+", value):
-        return int(value)
-    return value
 
 
 # -- sizes --------------------------------------------------------------------------------
