@@ -85,10 +85,11 @@ def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
 
 
-def _listify(node: Any) -> Any:
+def listify(node: Any) -> Any:
+    """Objects whose names are all numbers become lists, as keyval has them."""
     if not isinstance(node, dict):
         return node
-    below = {name: _listify(value) for name, value in node.items()}
+    below = {name: listify(value) for name, value in node.items()}
     if below and all(name.isdecimal() for name in below):
         return [below[name] for name in sorted(below, key=int)]
     return below

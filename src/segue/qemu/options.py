@@ -28,6 +28,7 @@ from segue.qemu.jsontree import (
     drop,
     dump_json,
     flatten,
+    listify,
     load_json,
     put,
     to_text,
@@ -265,7 +266,7 @@ class Params:
                     )
                 node = below
             node[last] = entry.value
-        return {name: _listify(node) for name, node in root.items()}
+        return {name: listify(node) for name, node in root.items()}
 
     def cpu_features(self) -> dict[str, str]:
         """The flags of `-cpu` in QEMU's order of precedence: `flag=value`, then +flag, then -flag.
