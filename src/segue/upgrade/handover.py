@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,10 @@ class Surroundings:
 
 @dataclass
 class Handover:
-    """One attempt. `timeout` bounds all that comes before commit, in seconds."""
+    """One attempt. `timeout` bounds all that comes before commit, in seconds.
+
+    `limits` are seconds by phase, where they are not to be those of phases.py.
+    """
 
     incumbent: Instance
     target: str
@@ -78,6 +81,7 @@ class Handover:
     receipt: Receipt
     rehearse: bool = False
     timeout: float | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
     successor: Instance | None = None
     phase: Phase = PREPARE
     _was_running: bool = True
@@ -86,13 +90,14 @@ class Handover:
     _before: migration.Settings | None = None
     _fresh: migration.Settings | None = None
     _own: float | None = None
-    _held: bool = False
+    _migrating: bool = False
+    _round_trip: asyncio.Future[dict[str, Any]] | None = None
     _watches: list[MigrationWatch] = field(default_factory=list)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     async def run(self) -> Receipt:
         """Carry it out; the receipt tells how it ended. Raises nothing on purpose."""
-        self._stack.callback(self.incumbent.monitor.listen(self._events.append))
+        self._stack.callback(self.incumbent.monitor.listen(self._incumbent_event))
         try:
             async with asyncio.timeout(self.timeout) as budget:
                 await self._enter(PREPARE, self._prepare)
@@ -129,14 +134,20 @@ class Handover:
         self._tell({"phase": phase.name, "state": "begin"})
         started = time.monotonic()
         try:
-            async with asyncio.timeout(phase.limit):
+            async with asyncio.timeout(self._limit(phase)) as limit:
                 await work()
         except TimeoutError:
-            raise TimedOut(f"phase {phase.name} took longer than {phase.limit:g} s") from None
+            if not limit.expired():
+                raise
+            seconds = self._limit(phase)
+            raise TimedOut(f"phase {phase.name} took longer than {seconds:g} s") from None
         finally:
             seconds = time.monotonic() - started
             self.receipt.phases[phase.name] = seconds
             self._tell({"phase": phase.name, "state": "end", "seconds": round(seconds, 6)})
+
+    def _limit(self, phase: Phase) -> float:
+        return self.limits.get(phase.name, phase.limit)
 
     def _tell(self, event: dict[str, Any]) -> None:
         """Progress; what happens in the blackout is told after it."""
@@ -163,7 +174,7 @@ class Handover:
         self.successor = successor = self.surroundings.spawn()
         placement.copy(self.incumbent.pid, successor.pid)
         self.surroundings.journal.write("prepare", self.incumbent, successor)
-        monitor = await successor.connect(PREPARE.limit)
+        monitor = await successor.connect(self._limit(PREPARE))
         await placement.copy_vcpus(self.incumbent.monitor, monitor)
         await self.surroundings.read_only()
         old, new = await asyncio.gather(
@@ -196,8 +207,9 @@ class Handover:
         await images.write_out(fds)
         self.surroundings.journal.write("open", self.incumbent, self.successor)
         self._check_guest()
+        self._migrating = True
         await old.execute("migrate", {"uri": "fd:segue"})
-        await self._reach(self._watches[0], "pre-switchover")
+        await self._until(self._watches[0].until("pre-switchover"))
 
     async def _channel(self) -> None:
         """A socket between the two; no path in a directory that may be full or too long."""
@@ -208,34 +220,41 @@ class Handover:
                 await monitor.execute("getfd", {"fdname": "segue"}, fds=[end.fileno()])
         await self.successor.monitor.execute("migrate-incoming", {"uri": "fd:segue"})
 
-    async def _hold(self) -> None:
-        self._held = True
+    def _incumbent_event(self, event: Event) -> None:
+        self._events.append(event)
+        if event["event"] == "STOP" and self._migrating and self._round_trip is None:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Let nothing more flow to the guest, and ask QEMU for a sign of life.
+
+        Its answer comes when its main loop has gone round once, which it does at pre-switchover:
+        by then it has acted on a reset or power-off that the guest asked for as it was stopped,
+        and every event of that stands before the answer.
+        """
         for kept in self.surroundings.kept:
             kept.hold()
+        self._round_trip = self.incumbent.monitor.relay({"execute": "query-status"})
+
+    async def _hold(self) -> None:
+        if self._round_trip is None:
+            self._freeze()
         for kept in self.surroundings.kept:
             kept.take_back()
-        self.surroundings.journal.write("hold", self.incumbent, self.successor)
-        # Events come before the answer: after one round trip nothing is on its way any more.
-        await self.incumbent.monitor.execute("query-status")
+        assert self._round_trip is not None
+        await self._round_trip
         self._check_guest()
 
     async def _move(self) -> None:
-        self.surroundings.journal.write("move", self.incumbent, self.successor)
         self._own = time.time() - self._watches[0].reached("pre-switchover")
         continued = self.incumbent.monitor.relay(
             {"execute": "migrate-continue", "arguments": {"state": "pre-switchover"}}
         )
-        loaded = asyncio.ensure_future(self._reach(self._watches[1], "completed"))
-        sent = asyncio.ensure_future(self._reach(self._watches[0], "completed"))
-        try:
-            reply = await continued
-            if "error" in reply:
-                raise CommandFailed(f"migrate-continue: {reply['error']['desc']}")
-            await asyncio.gather(loaded, sent)
-        finally:
-            for task in (loaded, sent):
-                task.cancel()
-            await asyncio.gather(loaded, sent, return_exceptions=True)
+        reply = await continued
+        if "error" in reply:
+            raise CommandFailed(f"migrate-continue: {reply['error']['desc']}")
+        await self._until(self._watches[1].until("completed"))
+        await self._until(self._watches[0].until("completed"))
         self._check_guest()
 
     async def _commit(self) -> None:
@@ -264,7 +283,7 @@ class Handover:
         """The commit point has been passed: only proof that the guest did not run goes back."""
         assert self.successor is not None
         try:
-            async with asyncio.timeout(COMMIT.limit / 2):
+            async with asyncio.timeout(self._limit(COMMIT) / 2):
                 return await asyncio.shield(answer)
         except MonitorClosed:
             if self.successor.left_commands_unread:
@@ -311,10 +330,10 @@ class Handover:
             await migration.restore(self.successor.monitor, self._fresh.with_those_of(self._before))
         self.surroundings.journal.write("done", self.successor, None)
 
-    async def _reach(self, watch: MigrationWatch, status: str) -> None:
-        """As MigrationWatch.reach, but a dead successor is named as what it is."""
+    async def _until(self, reached: asyncio.Future[str]) -> None:
+        """Wait for a migration's state; a dead successor is named as what it is."""
         try:
-            await watch.reach(status)
+            await reached
         except SegueError:
             successor = self.successor
             if successor is not None and not successor.running:
@@ -375,7 +394,7 @@ class Handover:
                 str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
             ) from None
         for kept in self.surroundings.kept:
-            if self._held:
+            if self._round_trip is not None:
                 kept.give_back()
             if self.successor is not None:
                 kept.drop(self.successor.number)

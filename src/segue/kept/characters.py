@@ -1,0 +1,97 @@
+"""Which character devices are kept, and what an instance's command line says in their place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from segue.kept import chardev as broker
+from segue.kept.draft import Draft, Words
+from segue.qemu.chardevs import Chardev, find_chardevs, monitors
+
+# Front ends whose protocol sends descriptors through the chardev, or belongs to one process.
+_PRIVATE = {
+    "tpmdev": "a TPM emulator talks to one process, and descriptors pass through its channel",
+    "netdev": "a vhost-user back end serves one process",
+    "device": "a vhost-user back end serves one process",
+}
+_ONE_PROCESS_DEVICES = ("vhost-user", "ivshmem", "usb-redir", "ccid-card-passthru")
+
+# These hold no connection: every instance may have one of its own.
+UNCONNECTED = ("null", "ringbuf", "vc", "msmouse", "wctablet", "testdev", "memory", "hub")
+
+
+class CharactersRule:
+    """Replaces each connected chardev by a kept one; control monitors go to `control`."""
+
+    def __init__(self) -> None:
+        self.control: list[tuple[Chardev, bool]] = []
+
+    def apply(self, draft: Draft) -> None:
+        line = draft.command_line
+        control = {m.chardev: m.pretty for m in monitors(line) if m.mode == "control"}
+        readline = {m.chardev for m in monitors(line) if m.mode == "readline"}
+        private = dict(self._private(draft))
+        presence = {
+            option.params.get("chardev")
+            for option in draft.options("device")
+            if option.params.get("driver") == "virtserialport"
+        }
+        for chardev in find_chardevs(line):
+            said = f"chardev '{chardev.id}' ({chardev.backend})"
+            if chardev.id in private:
+                draft.block(said, private[chardev.id], "unplug it, or start without it")
+            elif chardev.id in control and not chardev.mux:
+                self.control.append((chardev, control[chardev.id]))
+                self._forget(draft, chardev)
+            elif chardev.backend in UNCONNECTED or chardev.frontend == "gdb":
+                continue
+            elif reason := broker.unsupported(chardev):
+                draft.block(said, reason, "use a unix socket, a pty or stdio")
+            else:
+                kept = broker.make(
+                    chardev,
+                    monitor=chardev.id in readline and not chardev.mux,
+                    presence=chardev.id in presence,
+                    out=_say,
+                    err=_complain,
+                )
+                draft.kept.append(kept)
+                self._replace(draft, chardev, kept)
+
+    def _private(self, draft: Draft) -> Iterable[tuple[str, str]]:
+        for name, why in _PRIVATE.items():
+            for option in draft.options(name):
+                kind = option.params.get("driver") or ""
+                used = option.params.get("chardev")
+                if used and (name != "device" or kind.startswith(_ONE_PROCESS_DEVICES)):
+                    yield used, why
+
+    def _replace(self, draft: Draft, chardev: Chardev, kept: broker.KeptChardev) -> None:
+        words = []
+        if chardev.frontend in ("serial", "parallel", "debugcon"):
+            words.append(Words((f"-{chardev.frontend}", f"chardev:{chardev.id}")))
+        if chardev.monitor == "readline":
+            words.append(Words(("-mon", f"chardev={chardev.id},mode=readline")))
+        if chardev.origin is None:
+            draft.add(kept, *words)
+        else:
+            draft.replace(chardev.origin, kept, *words)
+
+    def _forget(self, draft: Draft, chardev: Chardev) -> None:
+        """Take a control monitor and its chardev off the command line."""
+        for option in draft.options("mon"):
+            if option.params.get("chardev") == chardev.id:
+                draft.replace(option)
+        if chardev.origin is not None:
+            draft.replace(chardev.origin)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,80 @@
+"""A machine as its user described it: what is kept, what each instance is given, what blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from segue.kept.base import Kept, Lending
+from segue.kept.characters import CharactersRule
+from segue.kept.display import DisplayRule
+from segue.kept.draft import Draft, Rule, apply
+from segue.kept.files import FilesRule
+from segue.kept.lifecycle import Lifecycle, LifecycleRule
+from segue.kept.network import NetworkRule
+from segue.kept.ram import GuestRam, RamRule
+from segue.kept.unkeepable import UnkeepableRule
+from segue.kept.values import Values, ValuesRule
+from segue.qemu.binary import Binary
+from segue.qemu.chardevs import Chardev
+from segue.qemu.commandline import CommandLine
+from segue.qemu.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class Description:
+    """`control` are the QMP monitors that the user asked for, with whether they print pretty."""
+
+    draft: Draft
+    values: Values
+    lifecycle: Lifecycle
+    control: tuple[tuple[Chardev, bool], ...]
+
+    @property
+    def kept(self) -> list[Kept]:
+        return self.draft.kept
+
+    @property
+    def ram_bytes(self) -> int:
+        return sum(kept.size for kept in self.kept if isinstance(kept, GuestRam))
+
+    def argv(self, lending: Lending) -> list[str]:
+        words = self.draft.argv(lending)
+        return words if lending.first else [*words, "-S", "-incoming", "defer"]
+
+    async def learn(self, monitor: Monitor) -> None:
+        await self.values.learn(monitor)
+        for kept in self.kept:
+            await kept.learn(monitor)
+
+    def receipts_of(self, pid: int) -> list[dict[str, Any]]:
+        """What is kept, each with the identity that proves it and, where it can, /proc's word."""
+        told = []
+        for kept in self.kept:
+            entry: dict[str, Any] = {"kind": kept.kind, "name": kept.name}
+            entry["identity"] = kept.identity()
+            with contextlib.suppress(OSError):  # the process is gone
+                held = kept.held_by(pid)
+                if held is not None:
+                    entry["held"] = held
+            told.append(entry)
+        return told
+
+
+def describe(command_line: CommandLine, binary: Binary) -> Description:
+    """Judge a command line; nothing is opened yet. Raises BadCommandLine."""
+    values = Values()
+    characters = CharactersRule()
+    rules: list[Rule] = [
+        UnkeepableRule(),
+        FilesRule(),
+        RamRule(),
+        ValuesRule(values),
+        characters,
+        NetworkRule(),
+        DisplayRule(),
+        LifecycleRule(),
+    ]
+    draft = apply(Draft(command_line, binary), rules)
+    return Description(draft, values, LifecycleRule.read(draft), tuple(characters.control))

@@ -1,0 +1,110 @@
+"""The `segue-*` commands of QMP: the one control protocol of a machine (docs/qmp.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segue.errors import MonitorClosed
+from segue.qmp.server import Client, Command
+from segue.upgrade import breakpoints
+
+if TYPE_CHECKING:
+    from segue.supervisor import Supervisor
+
+# segue-stop: how long a guest may take to power off, and QEMU to quit, in seconds.
+POWERDOWN_LIMIT = 60.0
+QUIT_LIMIT = 10.0
+
+
+class Service:
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    def commands(self) -> dict[str, Command]:
+        upgrade = {
+            "to": (str, False),
+            "rehearse": (bool, False),
+            "force": (bool, False),
+            "timeout": (float, False),
+        }
+        testing = []
+        if breakpoints.allowed():
+            upgrade |= {"x-break": (list, False), "x-limits": (dict, False)}
+            testing.append(Command("x-segue-continue", self.go_on, read_only=True))
+        return {
+            c.name: c
+            for c in (
+                *testing,
+                Command("segue-query", self.query, read_only=True),
+                Command("segue-check", self.check, {"to": (str, False)}, read_only=True),
+                Command("segue-upgrade", self.upgrade, upgrade),
+                Command("segue-history", self.history, read_only=True),
+                Command("segue-stop", self.stop, {"timeout": (float, False)}),
+            )
+        }
+
+    async def query(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        return self._supervisor.status()
+
+    async def check(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        supervisor = self._supervisor
+        to = arguments.get("to")
+        plan = await supervisor.upgrader.check(Path(to) if to else None)
+        running = supervisor.binary
+        return {
+            "from": {"path": str(running.path), "version": running.version_text},
+            "to": {
+                "path": str(plan.target.path),
+                "version": plan.target.version_text,
+                "build_id": plan.target.build_id,
+            },
+            "current": plan.current,
+            "blockers": [blocker.to_json() for blocker in plan.blockers],
+            "not_kept": [note.to_json() for note in plan.notes],
+            "notes": [],
+        }
+
+    async def upgrade(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        to = arguments.get("to")
+        receipt = await self._supervisor.upgrader.upgrade(
+            Path(to) if to else None,
+            rehearse=arguments.get("rehearse", False),
+            force=arguments.get("force", False),
+            timeout=arguments.get("timeout"),
+            progress=self._progress,
+            breaks=arguments.get("x-break", ()),
+            limits=arguments.get("x-limits"),
+        )
+        return receipt.to_json()
+
+    async def go_on(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        self._supervisor.upgrader.breakpoints.go_on()
+        return {}
+
+    async def history(self, arguments: dict[str, Any], client: Client) -> list[dict[str, Any]]:
+        return list(self._supervisor.receipts)
+
+    async def stop(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        """ACPI power-off, then `quit`, then SIGKILL, each with its time limit."""
+        supervisor = self._supervisor
+        await supervisor.upgrader.finished()
+        instance = supervisor.instance
+        for how, command, limit in (
+            ("powerdown", "system_powerdown", arguments.get("timeout", POWERDOWN_LIMIT)),
+            ("quit", "quit", QUIT_LIMIT),
+        ):
+            with contextlib.suppress(MonitorClosed, TimeoutError):
+                async with asyncio.timeout(limit):
+                    if how == "quit" or supervisor.state == "running":
+                        await instance.monitor.execute(command)
+                        await instance.wait()
+            if not instance.running:
+                return {"how": how}
+        await instance.kill()
+        return {"how": "kill"}
+
+    def _progress(self, data: dict[str, Any]) -> None:
+        self._supervisor.server.event("SEGUE_UPGRADE", data)

@@ -1,0 +1,338 @@
+"""One machine: what outlives its QEMU, the instance of the moment, and whoever asks about them.
+
+The supervisor is one asyncio loop in one process. Towards its caller it behaves as QEMU does:
+stdio, signals and exit status are QEMU's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import syslog
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from segue.errors import MonitorClosed, SegueError
+from segue.kept.base import Lending
+from segue.kept.description import Description, describe
+from segue.machines import MachineDirectory, default_name
+from segue.qemu import mapped
+from segue.qemu.binary import Binary, probe
+from segue.qemu.commandline import CommandLine
+from segue.qemu.instance import Instance, start_time
+from segue.qemu.monitor import Event
+from segue.qmp.gate import Gate
+from segue.qmp.server import QmpServer
+from segue.service import Service
+from segue.upgrade.journal import Journal
+from segue.upgrade.upgrader import Upgrader
+
+# After these the guest's state may be another one.
+_STATE_EVENTS = frozenset(
+    {"STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "BLOCK_IO_ERROR"}
+)
+# Why QEMU ends by itself, whatever `-action shutdown=pause` says (run-state.json: ShutdownCause).
+# Of an upgrade's own doing: clients see SEGUE_UPGRADE instead.
+_OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
+_ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_HISTORY = 1000
+
+
+class Supervisor:
+    """The life of one machine, from `run` to the end of its last instance."""
+
+    def __init__(self, directory: MachineDirectory, line: CommandLine, *, detached: bool) -> None:
+        self.directory = directory
+        self.line = line
+        self.detached = detached
+        self.since = time.time()
+        self.upgrades = 0
+        self.state = "starting"
+        self.receipts: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
+        self.gate = Gate()
+        self.machine: Description
+        self.binary: Binary
+        self.instance: Instance
+        self.journal: Journal
+        self.server: QmpServer
+        self.started: mapped.Started | None = None
+        self.upgrader = Upgrader(self)
+        self._exit_status: int | None = None
+        self._suppressed: frozenset[str] = frozenset()
+        self._ended: asyncio.Future[int]
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, ready: Any) -> int:
+        """Start the machine, call `ready()` when the guest runs, return QEMU's exit status.
+
+        Raises SegueError if it cannot be started; nothing is left over then either.
+        """
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        try:
+            with contextlib.ExitStack() as stack:
+                await self._start(stack)
+                for number in _SIGNALS:
+                    loop.add_signal_handler(number, self._signalled, number)
+                ready()
+                status = await self._ended
+                await self.upgrader.finished()
+                return status
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            self._pidfile_remove()
+            self.directory.remove()
+
+    async def _start(self, stack: contextlib.ExitStack) -> None:
+        self.binary = await probe(Path(self.line.program))
+        self.machine = describe(self.line, self.binary)
+        self._log = os.open(
+            self.directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        stack.callback(os.close, self._log)
+        self._pidfile_write()
+        for kept in self.machine.kept:
+            stack.callback(kept.close)
+            await kept.start()
+        self.journal = Journal(self.directory.journal)
+        stack.callback(self.journal.close)
+        self.instance = self.spawn(Lending(1, self.binary))
+        stack.callback(self._kill_whatever_is_left)
+        for kept in self.machine.kept:
+            kept.switch(1)
+        await self.instance.connect(timeout=86400)
+        self.server = QmpServer(Service(self).commands(), gate=self.gate)
+        stack.callback(self.server.close)
+        await self.server.listen_unix(self.directory.qmp)
+        self.serve(self.instance)
+        await self.machine.learn(self.instance.monitor)
+        self.started = mapped.remember(self.binary.path, self.instance.pid)
+        await self.refresh()
+
+    def spawn(self, lending: Lending) -> Instance:
+        """Start an instance, not yet connected. Its end is noticed whatever it is at the time."""
+        instance = Instance.spawn(
+            lending.number,
+            self.machine.argv(lending),
+            lending.descriptors,
+            on_stderr=self._qemu_says,
+            stdout=None if not self.detached else self._log,
+        )
+        instance.on_end(lambda status: self._instance_ended(instance, status))
+        return instance
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def serve(self, instance: Instance) -> None:
+        """Have clients answered by `instance` from now on."""
+        self.instance = instance
+        instance.monitor.listen(lambda event: self._event(instance, event))
+        self.server.upstream = instance.monitor
+
+    def suppress(self, on: bool) -> None:
+        """Whether clients are spared the events of an upgrade's own doing."""
+        self._suppressed = _OUR_DOING if on else frozenset()
+
+    def is_outdated(self) -> bool:
+        return self._outdated() is not None
+
+    def _outdated(self) -> str | None:
+        if self.started is None:
+            return None
+        return mapped.outdated(self.instance.pid, self.binary.path, self.started)
+
+    def upgraded(self, binary: Binary) -> None:
+        """The instance of the moment runs `binary` now."""
+        self.binary = binary
+        self.upgrades += 1
+        self.started = mapped.remember(binary.path, self.instance.pid)
+
+    def record(self, receipt: dict[str, Any]) -> None:
+        """Keep a receipt, also where the disk is full."""
+        self.receipts.append(receipt)
+        with contextlib.suppress(OSError), self.directory.receipts.open("a") as file:
+            file.write(json.dumps(receipt) + "\n")
+
+    def _event(self, instance: Instance, event: Event) -> None:
+        if instance is not self.instance:
+            return
+        name = event["event"]
+        if name not in self._suppressed:
+            self.server.on_upstream_event(event)
+        if name in ("SHUTDOWN", "GUEST_PANICKED"):
+            self._later(self._guest_ended(name, event.get("data", {})))
+        elif name in _STATE_EVENTS and not self.upgrader.busy:
+            self._later(self.refresh())
+
+    async def _guest_ended(self, name: str, data: dict[str, Any]) -> None:
+        """The guest powered off or panicked and QEMU has paused it: do what the user said."""
+        await self.upgrader.finished()
+        life = self.machine.lifecycle
+        if name == "GUEST_PANICKED":
+            if life.panic == "exit-failure":
+                self._exit_status = 1
+            wanted = life.panic in ("shutdown", "exit-failure")
+            wanted = wanted and (life.panic == "exit-failure" or life.shutdown == "poweroff")
+        else:
+            wanted = life.shutdown == "poweroff" and data.get("reason") not in _ENDS_BY_ITSELF
+        if wanted:
+            with contextlib.suppress(MonitorClosed):
+                await self.instance.monitor.execute("quit")
+        else:
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Ask for the guest's state and write it where `segue ls` looks."""
+        if not self.instance.monitor.closed:
+            with contextlib.suppress(SegueError):
+                answer = await self.instance.monitor.execute("query-status")
+                self.state = answer["status"]
+        self.directory.write_status(self.status())
+
+    def status(self) -> dict[str, Any]:
+        """What `segue-query` answers and status.json holds (see machines.py)."""
+        instance = self.instance
+        outdated = self._outdated()
+        return {
+            "name": self.directory.name,
+            "state": "upgrading" if self.upgrader.busy else self.state,
+            "qemu_version": self.binary.version_text,
+            "machine_type": self.machine.values.machine_type,
+            "qemu_pid": instance.pid,
+            "qemu_start_time": instance.start_time,
+            "supervisor_pid": os.getpid(),
+            "supervisor_start_time": start_time(os.getpid()),
+            "ram_bytes": self.machine.ram_bytes,
+            "since": self.since,
+            "upgrades": self.upgrades,
+            "outdated": outdated is not None,
+            "outdated_why": outdated,
+            "binary": str(self.binary.path),
+            "started": self.started.to_json() if self.started else None,
+            "command": self.line.argv(),
+            "instance_command": instance.argv,
+            "kept": self.machine.receipts_of(instance.pid),
+            "not_kept": [note.to_json() for note in self.machine.draft.notes],
+            "blockers": [blocker.to_json() for blocker in self.machine.draft.blockers],
+            "console": None,
+            "log": str(self.directory.log),
+            "run_directory": str(self.directory.path),
+        }
+
+    def _qemu_says(self, chunk: bytes) -> None:
+        """QEMU's stderr: into its log, and where the user would have seen it."""
+        with contextlib.suppress(OSError):
+            os.write(self._log, chunk)
+        if not self.detached:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
+
+    def _instance_ended(self, instance: Instance, status: int) -> None:
+        if instance is not self.instance or self.upgrader.busy:
+            return
+        self.end(status)
+
+    def end(self, status: int) -> None:
+        """The last instance is dead: the machine's life ends with its exit status."""
+        if self._ended.done():
+            return
+        if status >= 128:
+            self._say(f"QEMU (pid {self.instance.pid}) was killed by signal {status - 128}")
+        elif status:
+            self._say(f"QEMU (pid {self.instance.pid}) ended with exit status {status}")
+        self._ended.set_result(status if self._exit_status is None else self._exit_status)
+
+    def _say(self, text: str) -> None:
+        text = f"{self.directory.name}: {text}"
+        if self.detached:
+            syslog.syslog(syslog.LOG_WARNING, text)
+        else:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"segue: {text}\n")
+
+    def _signalled(self, number: int) -> None:
+        """As QEMU: these end the machine, but never in the middle of an upgrade."""
+        self._later(self._pass_on(number))
+
+    async def _pass_on(self, number: int) -> None:
+        self.upgrader.call_off()
+        await self.upgrader.finished()
+        self.instance.signal(number)
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _kill_whatever_is_left(self) -> None:
+        self.instance.kill_at_once()
+        self.instance.close()
+
+    def _pidfile_write(self) -> None:
+        path = self.machine.lifecycle.pidfile
+        if path is None:
+            return
+        try:
+            Path(path).write_text(f"{os.getpid()}\n")
+        except OSError as error:
+            raise SegueError(f"cannot create PID file '{path}': {error.strerror}") from None
+
+    def _pidfile_remove(self) -> None:
+        machine = getattr(self, "machine", None)
+        if machine is not None and machine.lifecycle.pidfile is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(machine.lifecycle.pidfile)
+
+
+def run(name: str | None, argv: list[str], *, detach: bool) -> int:
+    """`segue run`: the exit status is QEMU's own. Raises SegueError for bad input."""
+    line = CommandLine.parse(argv)
+    if line.only_prints:
+        os.execvp(argv[0], argv)
+    if detach or line.daemonize:
+        return _detached(name, line)
+    return _supervise(name, line, detached=False, ready=lambda: None)
+
+
+def _supervise(name: str | None, line: CommandLine, *, detached: bool, ready: Any) -> int:
+    directory = MachineDirectory.create(name or default_name(line.argv()))
+    supervisor = Supervisor(directory, line, detached=detached)
+    return asyncio.run(supervisor.run(ready))
+
+
+def _detached(name: str | None, line: CommandLine) -> int:
+    """Return when the guest runs, as `-daemonize` does; the child goes on by itself.
+
+    Until then the child has the user's stderr, so an error is seen as in the foreground.
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write_end)
+        with os.fdopen(read_end, "rb") as pipe:
+            if pipe.read(1):
+                return 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(read_end)
+    os.setsid()
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        os.write(write_end, b"1")
+        os.close(write_end)
+
+    return _supervise(name, line, detached=True, ready=ready)

@@ -1,0 +1,127 @@
+"""The first phase: what an upgrade would do, and every reason why it cannot. Touches nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segue.errors import Blocker
+from segue.kept.description import Description
+from segue.kept.draft import Note
+from segue.qemu.binary import Binary, missing_devices, probe
+from segue.qemu.instance import Instance
+from segue.upgrade import scout
+
+OLDEST = (7, 2, 0)
+VIRTIO_MEM_KEEPS_RAM = (8, 1, 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`cpu` is what the target makes of a floating CPU model (see kept/values.py)."""
+
+    target: Binary
+    current: bool
+    blockers: tuple[Blocker, ...]
+    notes: tuple[Note, ...]
+    cpu: dict[str, Any] = field(default_factory=dict)
+
+
+async def make(
+    machine: Description, incumbent: Instance, running: Binary, to: Path, outdated: bool
+) -> Plan:
+    """Judge `to` for this machine. Raises Refused if it is not a QEMU that answers."""
+    target = await probe(to)
+    blockers = [
+        *machine.draft.blockers,
+        *_binary(machine, running, target),
+        *await _incumbent(incumbent),
+    ]
+    if target.target == running.target:
+        blockers += await _devices(incumbent, target)
+    cpu: dict[str, Any] = {}
+    if machine.values.cpu and not blockers:
+        cpu = await scout.cpu(machine, target)
+        blockers += [
+            Blocker(
+                f"CPU feature {name}",
+                f"the guest was shown it, and QEMU {target.version_text} does not have it",
+                "start the machine with a named CPU model",
+            )
+            for name in machine.values.cpu_lacks(cpu)
+        ]
+    return Plan(
+        target,
+        target.build_id == running.build_id and not outdated,
+        tuple(blockers),
+        tuple(machine.draft.notes),
+        cpu,
+    )
+
+
+def _binary(machine: Description, running: Binary, target: Binary) -> list[Blocker]:
+    name = f"QEMU {target.version_text} at {target.path}"
+    blockers = []
+    if target.target != running.target:
+        return [
+            Blocker(
+                name, f"it is for {target.target} guests, not {running.target}", "name another --to"
+            )
+        ]
+    if target.version < OLDEST:
+        blockers.append(Blocker(name, "it is older than 7.2", "name a QEMU from 7.2 on"))
+    if not target.has_ignore_shared:
+        blockers.append(
+            Blocker(name, "it lacks the migration capability x-ignore-shared", "name another --to")
+        )
+    machine_type = machine.values.machine_type
+    if machine_type is not None and target.machine(machine_type) is None:
+        blockers.append(
+            Blocker(
+                f"machine type {machine_type}",
+                f"{name} does not know it",
+                "name a QEMU that does; a machine type is for the guest's whole life",
+            )
+        )
+    return blockers
+
+
+async def _devices(incumbent: Instance, target: Binary) -> list[Blocker]:
+    """What the guest was given that the target cannot make."""
+    name = f"QEMU {target.version_text} at {target.path}"
+    types = await _device_types(incumbent)
+    blockers = [
+        Blocker(f"device {driver}", f"{name} lacks it", "install the package that has it")
+        for driver in await missing_devices(target.path, types)
+    ]
+    if target.version < VIRTIO_MEM_KEEPS_RAM:
+        blockers += [
+            Blocker(
+                f"device {driver}",
+                "before QEMU 8.1 a successor empties its memory merely by starting",
+                "name a QEMU from 8.1 on",
+            )
+            for driver in sorted(types)
+            if driver.startswith("virtio-mem")
+        ]
+    return blockers
+
+
+async def _device_types(incumbent: Instance) -> set[str]:
+    """The QOM types of the user's devices, with and without an id."""
+    types = set()
+    for container in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for child in await incumbent.monitor.execute("qom-list", {"path": container}):
+            if child["type"].startswith("child<"):
+                types.add(child["type"][len("child<") : -1])
+    return types
+
+
+async def _incumbent(incumbent: Instance) -> list[Blocker]:
+    """What the running QEMU itself says against being migrated."""
+    answer = await incumbent.monitor.execute("query-migrate")
+    return [
+        Blocker("QEMU", reason, "remove what it names") for reason in answer.get("blocked-reasons", [])
+    ]
+

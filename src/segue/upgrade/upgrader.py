@@ -1,0 +1,260 @@
+"""Upgrades of one machine: one at a time, each with its receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from segue.errors import Refused, SegueError
+from segue.kept.base import Lending
+from segue.kept.description import Description
+from segue.qemu.binary import Binary
+from segue.qemu.instance import Instance
+from segue.qmp.gate import Gate
+from segue.upgrade import plan as planning
+from segue.upgrade.breakpoints import Breakpoints
+from segue.upgrade.handover import ON_INCUMBENT, Handover, Surroundings
+from segue.upgrade.journal import Journal
+from segue.upgrade.phases import PLAN
+from segue.upgrade.plan import Plan
+from segue.upgrade.receipt import CURRENT, DONE, LOST, REFUSED, Receipt, Side
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Host(Protocol):
+    """What an upgrade needs of the supervisor."""
+
+    machine: Description
+    binary: Binary
+    instance: Instance
+    journal: Journal
+    gate: Gate
+    receipts: deque[dict[str, Any]]
+    name: str
+
+    def spawn(self, lending: Lending) -> Instance: ...
+    def serve(self, instance: Instance) -> None: ...
+    def suppress(self, on: bool) -> None: ...
+    def is_outdated(self) -> bool: ...
+    def upgraded(self, binary: Binary) -> None: ...
+    def record(self, receipt: dict[str, Any]) -> None: ...
+    def end(self, status: int) -> None: ...
+    async def refresh(self) -> None: ...
+
+
+class Upgrader:
+    """At most one upgrade is under way."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._number = 1
+        self._task: asyncio.Task[Receipt] | None = None
+        self._handover: Handover | None = None
+        self._limits: Mapping[str, float] = {}
+        self.breakpoints = Breakpoints()
+
+    @property
+    def busy(self) -> bool:
+        return self._task is not None
+
+    async def check(self, to: Path | None) -> Plan:
+        """Judge a target. Raises Refused if it is not a QEMU that answers."""
+        host = self._host
+        return await planning.make(
+            host.machine, host.instance, host.binary, to or host.binary.path, host.is_outdated()
+        )
+
+    async def upgrade(
+        self,
+        to: Path | None,
+        *,
+        rehearse: bool,
+        force: bool,
+        timeout: float | None,
+        progress: Progress,
+        breaks: Collection[str] = (),
+        limits: Mapping[str, float] | None = None,
+    ) -> Receipt:
+        """Carry out one upgrade. It goes on whatever becomes of the caller.
+
+        `breaks` and `limits` are for tests (see breakpoints.py).
+
+        Raises Refused if another one is under way.
+        """
+        if self._task is not None:
+            raise Refused(
+                "an upgrade of this machine is already under way",
+                hint="wait for its end; `segue history` shows it then",
+                guest=ON_INCUMBENT,
+            )
+        host = self._host
+        receipt = Receipt(
+            machine=host.name, started=time.time(), source=_side(host.binary, host.instance.pid)
+        )
+        self.breakpoints = Breakpoints(breaks, progress)
+        self._limits = limits or {}
+        limbo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.ensure_future(
+            self._run(receipt, to or host.binary.path, rehearse, force, timeout, progress, limbo)
+        )
+        await asyncio.wait((self._task, limbo), return_when=asyncio.FIRST_COMPLETED)
+        if not limbo.done():
+            limbo.cancel()
+        return receipt
+
+    def call_off(self) -> None:
+        """Undo an upgrade that has not reached its commit point."""
+        if self._task is None:
+            return
+        if self._handover is None:
+            self._task.cancel()
+        else:
+            self._handover.call_off(self._task)
+
+    async def finished(self) -> None:
+        """Wait until no upgrade is under way."""
+        while self._task is not None:
+            await asyncio.wait((self._task,))
+
+    async def _run(
+        self,
+        receipt: Receipt,
+        to: Path,
+        rehearse: bool,
+        force: bool,
+        timeout: float | None,
+        progress: Progress,
+        limbo: asyncio.Future[None],
+    ) -> Receipt:
+        host = self._host
+        incumbent = host.instance
+        # A collection of garbage takes longer than all that we do in the blackout.
+        gc.collect()
+        gc.disable()
+        try:
+            plan = await self._plan(receipt, to, progress)
+            if plan is None:
+                return receipt
+            if plan.current and not force and not rehearse:
+                receipt.result = CURRENT
+                return receipt
+            self._number += 1
+            lending = Lending(self._number, plan.target, plan.cpu)
+            self._handover = Handover(
+                incumbent=incumbent,
+                target=host.binary.target,
+                surroundings=self._surroundings(lending, receipt, progress, limbo),
+                receipt=receipt,
+                rehearse=rehearse,
+                timeout=timeout,
+                limits=self._limits,
+            )
+            await self._handover.run()
+            if receipt.result == DONE:
+                host.upgraded(plan.target)
+                receipt.kept = host.machine.receipts_of(host.instance.pid)
+            return receipt
+        finally:
+            gc.enable()
+            host.suppress(False)
+            self._handover = None
+            self._task = None
+            self._tell_fate(receipt, incumbent)
+            host.record(receipt.to_json())
+            with contextlib.suppress(SegueError):
+                await host.refresh()
+
+    async def _plan(self, receipt: Receipt, to: Path, progress: Progress) -> Plan | None:
+        progress({"phase": PLAN.name, "state": "begin"})
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(PLAN.limit):
+                await self.breakpoints.reach(PLAN.name)
+                plan = await self.check(to)
+        except (SegueError, OSError, TimeoutError, asyncio.CancelledError) as error:
+            receipt.failed(error if isinstance(error, SegueError) else SegueError(f"{error!r}"))
+            if isinstance(error, SegueError):
+                receipt.result = REFUSED
+            return None
+        finally:
+            receipt.phases[PLAN.name] = time.monotonic() - started
+            progress({"phase": PLAN.name, "state": "end", "seconds": receipt.phases[PLAN.name]})
+        receipt.target = _side(plan.target, None)
+        receipt.not_kept = [note.to_json() for note in plan.notes]
+        if plan.blockers:
+            receipt.failed(
+                Refused(
+                    f"this machine cannot be handed over to {plan.target.path}",
+                    hint="see the blockers; nothing was touched",
+                    blockers=plan.blockers,
+                )
+            )
+            return None
+        return plan
+
+    def _surroundings(
+        self, lending: Lending, receipt: Receipt, progress: Progress, limbo: asyncio.Future[None]
+    ) -> Surroundings:
+        host = self._host
+
+        def spawn() -> Instance:
+            instance = host.spawn(lending)
+            assert receipt.target is not None
+            receipt.target.pid = instance.pid
+            return instance
+
+        async def read_only() -> None:
+            host.gate.read_only()
+            await host.gate.drain()
+
+        async def closed() -> None:
+            host.gate.close()
+            await host.gate.drain()
+            host.suppress(True)
+
+        def served(instance: Instance) -> None:
+            if instance is not host.instance:
+                host.serve(instance)
+            host.gate.open()
+
+        def on_limbo() -> None:
+            receipt.result = LOST
+            receipt.guest = "unknown: the successor does not answer"
+            if not limbo.done():
+                limbo.set_result(None)
+
+        return Surroundings(
+            spawn=spawn,
+            kept=host.machine.kept,
+            journal=host.journal,
+            read_only=read_only,
+            closed=closed,
+            served=served,
+            progress=progress,
+            checkpoint=self.breakpoints.reach,
+            on_limbo=on_limbo,
+        )
+
+    def _tell_fate(self, receipt: Receipt, incumbent: Instance) -> None:
+        """An instance that ended while it was the transaction's affair is the supervisor's now."""
+        host = self._host
+        current = host.instance
+        if current.running:
+            return
+        if receipt.result != LOST:
+            receipt.result = LOST
+            receipt.guest = "lost"
+        status = current.exit_status
+        host.end(1 if status is None else status)
+
+
+def _side(binary: Binary, pid: int | None) -> Side:
+    return Side(str(binary.path), binary.version_text, binary.build_id, pid)
+

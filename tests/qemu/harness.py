@@ -1,0 +1,287 @@
+"""What the tests on real QEMU are made of: releases, machines run by `segue run`, clients.
+
+Everything is looked at from outside: through the command line, the sockets that a user has, and
+/proc. Nothing here reaches into Segue's objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segue.guest import Witness
+
+LIMIT = 60.0
+"""Seconds within which anything that a test waits for must have happened; never asserted."""
+
+
+def cache() -> Path:
+    base = os.environ.get("SEGUE_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "segue"
+
+
+def qemu(release: str, target: str = "x86_64") -> str:
+    return str(cache() / "qemu" / release / f"qemu-system-{target}")
+
+
+def wait_until(what: str, condition: Callable[[], Any], limit: float = LIMIT) -> Any:
+    """Poll for what has no event to wait on (a process in /proc, a file)."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"{what} did not happen within {limit:g} s")
+
+
+class Client:
+    """Somebody on a console: reads all the time, and can wait for what it reads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.data = bytearray()
+        self.closed = False
+        self.witness: Witness | None = None
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def unix(cls, path: Path | str) -> Client:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(path))
+        return cls(sock)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                chunk = self.sock.recv(65536)
+            except OSError:
+                chunk = b""
+            with self._change:
+                self.data += chunk
+                if self.witness is not None:
+                    self.witness.feed(chunk)
+                self.closed = not chunk
+                self._change.notify_all()
+            if not chunk:
+                return
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def wait(self, condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+        with self._change:
+            result = self._change.wait_for(lambda: condition() or self.closed, limit)
+            value = condition()
+        tail = bytes(self.data[-300:])
+        assert value, f"{what}: {'the end came first' if result else 'not in time'}; read {tail!r}"
+        return value
+
+    def expect(self, pattern: bytes, start: int = 0, limit: float = LIMIT) -> re.Match[bytes]:
+        """Wait until `pattern` is read, from offset `start` on."""
+        compiled = re.compile(pattern)
+        found: re.Match[bytes] = self.wait(
+            lambda: compiled.search(self.data, start), f"waiting for {pattern!r}", limit
+        )
+        return found
+
+    def command(self, line: str, limit: float = LIMIT) -> str:
+        """Type a line into the guest's shell; what it prints before the next prompt."""
+        start = len(self.data)
+        self.send(line.encode() + b"; echo status=$?\n")
+        found = self.expect(rb"status=(\d+)\r?\n", start, limit)
+        return self.data[start : found.start()].decode(errors="replace")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self._thread.join(LIMIT)
+
+
+@dataclass
+class Machine:
+    """One `segue run` in the foreground or detached."""
+
+    segue: Segue
+    name: str
+    process: subprocess.Popen[bytes] | None
+    clients: list[Client] = field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        return self.segue.root / self.name
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads((self.directory / "status.json").read_text())
+        return status
+
+    @property
+    def qemu_pid(self) -> int:
+        return int(self.status()["qemu_pid"])
+
+    def connect(self, path: Path | str) -> Client:
+        client = Client.unix(path)
+        self.clients.append(client)
+        return client
+
+    def upgrade(self, *arguments: str, status: int = 0) -> dict[str, Any]:
+        """`segue upgrade --json`; its receipt. The exit status must be `status`."""
+        done = self.segue("upgrade", self.name, "--json", *arguments)
+        assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+        receipt: dict[str, Any] = json.loads(done.stdout)
+        return receipt
+
+    def handed_over(self, *arguments: str) -> dict[str, Any]:
+        receipt = self.upgrade(*arguments)
+        assert receipt["result"] == "done", receipt
+        return receipt
+
+    def stop(self) -> None:
+        self.segue("stop", self.name, "--timeout", "1")
+
+    def wait(self, limit: float = LIMIT) -> int:
+        assert self.process is not None
+        return self.process.wait(limit)
+
+
+class Segue:
+    """A run directory of its own, and the `segue` command in it."""
+
+    def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
+        self.root = root
+        self.environment = {**os.environ, "SEGUE_RUN_DIR": str(root), **(environment or {})}
+        self.machines: list[Machine] = []
+
+    def __call__(self, *arguments: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "segue", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+
+    def start(
+        self,
+        name: str,
+        argv: list[str],
+        *,
+        stdin: Any = subprocess.DEVNULL,
+        stdout: Any = None,
+        stderr: Any = None,
+        wait: bool = True,
+        preexec: Callable[[], None] | None = None,
+    ) -> Machine:
+        """`segue run` in the foreground; returns once its QEMU runs."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "segue", "run", "--name", name, "--", *argv],
+            env=self.environment,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=preexec,
+        )
+        machine = Machine(self, name, process)
+        self.machines.append(machine)
+        if wait:
+            status = self.root / name / "status.json"
+            wait_until(
+                f"the start of {name}",
+                lambda: status.exists() or process.poll() is not None,
+            )
+            assert process.poll() is None, f"segue run ended with {process.returncode}"
+        return machine
+
+    def processes(self) -> list[int]:
+        """Every process that has this run directory in its environment."""
+        return processes_with(f"SEGUE_RUN_DIR={self.root}")
+
+    def end(self) -> None:
+        """End what a test left, for the next one's sake; `leftovers` has been asserted before."""
+        for machine in self.machines:
+            for client in machine.clients:
+                client.close()
+            if machine.process is not None and machine.process.poll() is None:
+                machine.process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    machine.process.wait(10)
+                if machine.process.poll() is None:
+                    machine.process.kill()
+                    machine.process.wait()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def leftovers(self) -> list[str]:
+        """What is still there although all machines have ended."""
+        left = [f"process {pid}: {command_of(pid)}" for pid in self.processes()]
+        if self.root.exists():
+            left += [str(path) for path in self.root.rglob("*")]
+        return left
+
+
+def processes_with(variable: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+    return "(gone)"
+
+
+def cpu_ticks(pid: int) -> int:
+    """utime + stime of a process, in clock ticks (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state not in (b"Z", b"X")
+    return False
+
+
+@contextlib.contextmanager
+def no_descriptor_leak(pid: int) -> Iterator[None]:
+    """The process has as many descriptors afterwards as before."""
+    before = descriptors(pid)
+    yield
+    wait_until(
+        f"closing of descriptors; before {before}, now {descriptors(pid)}",
+        lambda: len(descriptors(pid)) <= len(before),
+        limit=10,
+    )
+
+
+def descriptors(pid: int) -> list[str]:
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(entry))
+    return sorted(links)
