@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from segue.errors import BadCommandLine
@@ -82,7 +82,7 @@ def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, "" if node is None else to_text(node)
         return
     for name, value in below:
-        yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
+        yield from flatten(value, _join(prefix, name))
 
 
 def listify(node: Any) -> Any:
@@ -130,12 +130,31 @@ def put(tree: dict[str, Any], key: str, value: Value) -> None:
     tree[key] = value
 
 
-def drop(tree: dict[str, Any], key: str) -> None:
-    for container, index in list(_slots(tree, key)):
-        del container[index]
-    # `file.driver` may also be written as one name at the top.
-    for name in [name for name in tree if name.startswith(key + ".")]:
-        del tree[name]
+def sieve(node: Any, keep: Callable[[str], bool], prefix: str = "") -> Any:
+    """A copy with only those scalars whose dotted key is wanted, without groups that it emptied."""
+    if isinstance(node, dict):
+        members = {name: _join(prefix, name) for name in node}
+        kept = {name: sieve(node[name], keep, key) for name, key in members.items()}
+        return {
+            name: below
+            for name, below in kept.items()
+            if _survives(node[name], below, keep, members[name])
+        }
+    if isinstance(node, list):
+        keys = [_join(prefix, index) for index in range(len(node))]
+        pairs = [(old, sieve(old, keep, key), key) for old, key in zip(node, keys, strict=True)]
+        return [below for old, below, key in pairs if _survives(old, below, keep, key)]
+    return node
+
+
+def _survives(old: Any, new: Any, keep: Callable[[str], bool], key: str) -> bool:
+    if isinstance(old, dict | list) and old:
+        return bool(new)
+    return keep(key)
+
+
+def _join(prefix: str, name: object) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)
 
 
 def _typed_as(old: Any, value: Value) -> Value:

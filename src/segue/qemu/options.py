@@ -13,7 +13,7 @@ target/i386/cpu.c of QEMU 7.2 and 10.0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
@@ -25,12 +25,12 @@ from segue.qemu.jsontree import (
     FALSE,
     TRUE,
     Value,
-    drop,
     dump_json,
     flatten,
     listify,
     load_json,
     put,
+    sieve,
     to_text,
 )
 
@@ -124,7 +124,11 @@ class Params:
         return cls(tuple(entries), implied)
 
     def __str__(self) -> str:
-        return self.json if self.json is not None else ",".join(map(str, self.entries))
+        if self.json is not None:
+            return self.json
+        texts = list(map(str, self.entries))
+        # A last parameter of no letters is there only if a comma follows it.
+        return ",".join(texts) + ("," if texts and not texts[-1] else "")
 
     def __contains__(self, key: object) -> bool:
         return any(entry.key == key for entry in self.entries)
@@ -209,18 +213,11 @@ class Params:
 
     def without(self, *keys: str) -> Params:
         """Drop these keys and what is nested in them (`addr` drops `addr.type` too)."""
-        if self.json is not None:
-            tree = load_json(self.json)
-            for key in keys:
-                drop(tree, key)
-            return self._of_tree(tree)
-        return self._filtered(lambda entry: not _within(entry.key, keys))
+        return self._filtered(lambda key: not _within(key, keys))
 
     def only(self, *keys: str) -> Params:
         """Keep these keys and what is nested in them."""
-        if self.json is not None:
-            return self.without(*(key for key in self.keys() if not _within(key, keys)))
-        return self._filtered(lambda entry: _within(entry.key, keys))
+        return self._filtered(lambda key: _within(key, keys))
 
     def sub(self, prefix: str) -> Params:
         """What is nested in `prefix`, without it: of `file.driver`, `sub('file')` has `driver`."""
@@ -280,8 +277,10 @@ class Params:
         )
         return {entry.key.replace("_", "-"): entry.value for entry in flags}
 
-    def _filtered(self, keep: Any) -> Params:
-        return replace(self, entries=tuple(filter(keep, self.entries)))
+    def _filtered(self, keep: Callable[[str], bool]) -> Params:
+        if self.json is not None:
+            return self._of_tree(sieve(load_json(self.json), keep))
+        return replace(self, entries=tuple(entry for entry in self.entries if keep(entry.key)))
 
     def _of_tree(self, tree: dict[str, Any]) -> Params:
         return Params(tuple(starmap(Param, flatten(tree))), self.implied, dump_json(tree))
