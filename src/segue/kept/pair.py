@@ -1,0 +1,85 @@
+"""The socketpair that joins one instance's character device to the supervisor.
+
+The supervisor keeps `ours` and a duplicate of the instance's end, `theirs`: what the instance
+left unread can be read back from it. The instance inherits both in turn, so that neither end
+dies with a supervisor that is killed. The end of an instance therefore never shows as an end of
+file here; `Broker.drop` tells it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+
+# Towards the guest: small, since what waits there at an upgrade is taken back in the blackout.
+# The kernel doubles it, and counts about 0.8 KiB for each single byte that was sent alone.
+_TO_INSTANCE = 65536
+# More than can wait in either direction. One recv() of this size takes all of it, or an
+# instance that reads at the same moment does: they cannot interleave, as the kernel holds the
+# socket's lock for the whole call.
+_ALL = 1 << 19
+
+
+@dataclass
+class Pair:
+    """`ours` is None for a pair whose far side is closed: QEMU sees that nobody is there."""
+
+    ours: socket.socket | None
+    theirs: socket.socket
+
+    @classmethod
+    def make(cls) -> Pair:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _TO_INSTANCE)
+        return cls(ours, theirs)
+
+    @classmethod
+    def dead(cls) -> Pair:
+        pair = cls.make()
+        pair.hang_up()
+        return pair
+
+    @property
+    def inode(self) -> int:
+        return os.fstat(self.theirs.fileno()).st_ino
+
+    def send(self, data: bytes | bytearray) -> int:
+        """How many bytes it took: 0 if it is full."""
+        if self.ours is None:
+            return 0
+        try:
+            return self.ours.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def receive(self, size: int = _ALL) -> bytes:
+        """What the instance has written, b"" if nothing waits."""
+        return _receive(self.ours, size) if self.ours else b""
+
+    def unread(self) -> bytes:
+        """Take out what the instance has not read."""
+        return _receive(self.theirs, _ALL)
+
+    def hang_up(self) -> None:
+        """The instance sees that its peer is gone, whoever else has a duplicate."""
+        if self.ours is not None:
+            with contextlib.suppress(OSError):
+                self.ours.shutdown(socket.SHUT_RDWR)
+            self.ours.close()
+            self.ours = None
+
+    def close(self) -> None:
+        if self.ours is not None:
+            self.ours.close()
+            self.ours = None
+        self.theirs.close()
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    try:
+        return sock.recv(size, socket.MSG_DONTWAIT)
+    except (BlockingIOError, ConnectionError):
+        return b""

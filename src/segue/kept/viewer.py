@@ -1,0 +1,39 @@
+"""One more client of a character device, beside the main one (`segue console`)."""
+
+from __future__ import annotations
+
+import socket
+
+# What a viewer that does not read can be behind. Beyond it the oldest output is dropped: a
+# person who comes back wants to see the present, and a script should use the main client's end.
+LAG = 256 * 1024
+
+
+class Viewer:
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.pending = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self.pending += data
+        if (excess := len(self.pending) - LAG) > 0:
+            del self.pending[:excess]
+
+    def flush(self) -> None:
+        """Send what goes. Raises OSError if the viewer has gone."""
+        while self.pending:
+            try:
+                del self.pending[: self.sock.send(self.pending)]
+            except BlockingIOError:
+                return
+
+    def recv(self, size: int) -> bytes | None:
+        """None if there is nothing now, b"" if the viewer has gone."""
+        try:
+            return self.sock.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
