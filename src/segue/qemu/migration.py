@@ -3,8 +3,6 @@
 Facts behind it, each measured on 7.2, 10.0 and 11.1:
 - `x-ignore-shared` leaves shared RAM out of the stream;
 - `return-path` makes the incumbent notice a successor that dies while it loads;
-- `pause-before-switchover` lets a reset or power-off that was asked for at STOP happen before
-  the state is saved;
 - `late-block-activate` keeps a 7.2 successor's hands off the images until `cont`.
 """
 
@@ -18,9 +16,8 @@ from segue.errors import CommandFailed, MonitorClosed, QemuError
 from segue.qemu.instance import Instance
 from segue.qemu.monitor import Event, Monitor
 
-_COMMON = frozenset({"x-ignore-shared", "events", "return-path"})
-SENDER = _COMMON | {"pause-before-switchover"}
-RECEIVER = _COMMON | {"late-block-activate"}
+SENDER = frozenset({"x-ignore-shared", "events", "return-path"})
+RECEIVER = SENDER | {"late-block-activate"}
 
 # No bandwidth limit, and no packets of QEMU's own on the guest's networks afterwards.
 _PARAMETERS = {"max-bandwidth": 1 << 40, "announce-rounds": 0}

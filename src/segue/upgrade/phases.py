@@ -3,8 +3,8 @@
     phase     guest               a fault ends with            limit
     plan      runs                nothing touched              the target is probed, blockers told
     prepare   runs                successor killed             it is started and compared
-    open      runs                successor killed             images written out, migration begins
-    hold      paused              undo: incumbent resumes      nothing flows; unread bytes taken
+    open      runs                successor killed             channel made, images written out
+    hold      runs, then paused   undo: incumbent resumes      nothing flows; migration begins
     move      paused              undo: incumbent resumes      device state goes to the successor
     commit    paused, then runs   undo if QEMU says no         journal, then `cont`
     release   runs on successor   told, never undone           what was held flows again
