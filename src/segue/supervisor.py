@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import syslog
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 from segue.errors import MonitorClosed, SegueError
 from segue.kept.base import Lending
+from segue.kept.broker import Broker
 from segue.kept.description import Description, describe
 from segue.machines import MachineDirectory, default_name
 from segue.qemu import mapped
@@ -101,13 +103,14 @@ class Supervisor:
         self._pidfile_write()
         for kept in self.machine.kept:
             stack.callback(kept.close)
+            if isinstance(kept, Broker):
+                kept.replace_backend = self._replace_backend
             await kept.start()
+        self._serve_console(stack)
         self.journal = Journal(self.directory.journal)
         stack.callback(self.journal.close)
         self.instance = self.spawn(Lending(1, self.binary))
         stack.callback(self._kill_whatever_is_left)
-        for kept in self.machine.kept:
-            kept.switch(1)
         await self.instance.connect(timeout=86400)
         self.server = QmpServer(Service(self).commands(), gate=self.gate)
         stack.callback(self.server.close)
@@ -224,10 +227,38 @@ class Supervisor:
             "kept": self.machine.receipts_of(instance.pid),
             "not_kept": [note.to_json() for note in self.machine.draft.notes],
             "blockers": [blocker.to_json() for blocker in self.machine.draft.blockers],
-            "console": None,
+            "console": str(self.directory.console) if self.machine.console() else None,
             "log": str(self.directory.log),
             "run_directory": str(self.directory.path),
         }
+
+    async def _replace_backend(self, chardev: str, fd: int) -> None:
+        """Give the guest's port a connection of its own, so that it sees a client come."""
+        monitor = self.instance.monitor
+        await monitor.execute("getfd", {"fdname": chardev}, fds=[fd])
+        address = {"type": "fd", "data": {"str": chardev}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        await monitor.execute("chardev-change", {"id": chardev, "backend": backend})
+
+    def _serve_console(self, stack: contextlib.ExitStack) -> None:
+        """A socket for `segue console`, on the first serial device that is kept."""
+        broker = self.machine.console()
+        if broker is None:
+            return
+        path = self.directory.console
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        stack.callback(listener.close)
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        listener.listen()
+        loop = asyncio.get_running_loop()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                broker.attach(listener.accept()[0])
+
+        loop.add_reader(listener.fileno(), accept)
+        stack.callback(loop.remove_reader, listener.fileno())
 
     def _qemu_says(self, chunk: bytes) -> None:
         """QEMU's stderr: into its log, and where the user would have seen it."""

@@ -5,6 +5,7 @@ is paused, so they are plain functions that never wait):
 
     start()              the machine starts: the host end is opened
     learn(monitor)       the first instance is up: values that it chose are noted
+    quiet()              an upgrade begins: what is under way is finished first
     arguments(lending)   prepare: what the successor is given, with descriptors of its own
     hold()               the guest has stopped: nothing more flows towards it
     take_back()          what the incumbent had not read is taken out of its descriptors
@@ -72,6 +73,9 @@ class Kept(Part):
 
     async def learn(self, monitor: Monitor) -> None:  # noqa: B027
         """Note what the first instance chose, so that later ones are told the same."""
+
+    async def quiet(self) -> None:  # noqa: B027
+        """Finish what is under way, so that an upgrade can begin."""
 
     def hold(self) -> None:  # noqa: B027
         """The guest has stopped: let nothing more flow towards it."""

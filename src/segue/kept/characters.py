@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from segue.kept import chardev as broker
+from segue.kept import chardev as keeping
+from segue.kept.base import Kept
 from segue.kept.draft import Draft, Words
 from segue.qemu.chardevs import Chardev, find_chardevs, monitors
 
@@ -16,9 +17,6 @@ _PRIVATE = {
     "device": "a vhost-user back end serves one process",
 }
 _ONE_PROCESS_DEVICES = ("vhost-user", "ivshmem", "usb-redir", "ccid-card-passthru")
-
-# These hold no connection: every instance may have one of its own.
-UNCONNECTED = ("null", "ringbuf", "vc", "msmouse", "wctablet", "testdev", "memory", "hub")
 
 
 class CharactersRule:
@@ -44,12 +42,12 @@ class CharactersRule:
             elif chardev.id in control and not chardev.mux:
                 self.control.append((chardev, control[chardev.id]))
                 self._forget(draft, chardev)
-            elif chardev.backend in UNCONNECTED or chardev.frontend == "gdb":
+            elif chardev.frontend in ("gdb", "qtest"):
                 continue
-            elif reason := broker.unsupported(chardev):
+            elif reason := keeping.unsupported(chardev):
                 draft.block(said, reason, "use a unix socket, a pty or stdio")
-            else:
-                kept = broker.make(
+            elif keeping.is_kept(chardev):
+                kept = keeping.make(
                     chardev,
                     monitor=chardev.id in readline and not chardev.mux,
                     presence=chardev.id in presence,
@@ -67,7 +65,7 @@ class CharactersRule:
                 if used and (name != "device" or kind.startswith(_ONE_PROCESS_DEVICES)):
                     yield used, why
 
-    def _replace(self, draft: Draft, chardev: Chardev, kept: broker.KeptChardev) -> None:
+    def _replace(self, draft: Draft, chardev: Chardev, kept: Kept) -> None:
         words = []
         if chardev.frontend in ("serial", "parallel", "debugcon"):
             words.append(Words((f"-{chardev.frontend}", f"chardev:{chardev.id}")))
@@ -87,11 +85,11 @@ class CharactersRule:
             draft.replace(chardev.origin)
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text)
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
-def _complain(text: str) -> None:
-    sys.stderr.write(text)
+def _complain(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

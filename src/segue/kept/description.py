@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segue.kept.base import Kept, Lending
+from segue.kept.broker import Broker
 from segue.kept.characters import CharactersRule
 from segue.kept.display import DisplayRule
 from segue.kept.draft import Draft, Rule, apply
@@ -17,9 +18,11 @@ from segue.kept.ram import GuestRam, RamRule
 from segue.kept.unkeepable import UnkeepableRule
 from segue.kept.values import Values, ValuesRule
 from segue.qemu.binary import Binary
-from segue.qemu.chardevs import Chardev
+from segue.qemu.chardevs import Chardev, find_chardevs
 from segue.qemu.commandline import CommandLine
 from segue.qemu.monitor import Monitor
+
+_CONSOLES = ("isa-serial", "pci-serial", "virtconsole", "sclpconsole", "spapr-vty")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,22 @@ class Description:
     @property
     def ram_bytes(self) -> int:
         return sum(kept.size for kept in self.kept if isinstance(kept, GuestRam))
+
+    def console(self) -> Broker | None:
+        """The first serial device that is kept; else the first other console."""
+        brokers = {kept.name: kept for kept in self.kept if isinstance(kept, Broker)}
+        for chardev in find_chardevs(self.draft.command_line):
+            if chardev.frontend == "serial" and chardev.id in brokers:
+                return brokers[chardev.id]
+        for option in self.draft.command_line.all("serial", "device"):
+            used = (option.value or "").removeprefix("chardev:")
+            if option.name == "device":
+                if option.params.get("driver") not in _CONSOLES:
+                    continue
+                used = option.params.get("chardev") or ""
+            if used in brokers:
+                return brokers[used]
+        return None
 
     def argv(self, lending: Lending) -> list[str]:
         words = self.draft.argv(lending)

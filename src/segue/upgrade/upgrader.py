@@ -145,6 +145,8 @@ class Upgrader:
             if plan.current and not force and not rehearse:
                 receipt.result = CURRENT
                 return receipt
+            for kept in host.machine.kept:
+                await kept.quiet()
             self._number += 1
             lending = Lending(self._number, plan.target, plan.cpu)
             self._handover = Handover(
