@@ -206,6 +206,10 @@ def test_where_each_comes_from() -> None:
     assert (monitor.frontend, monitor.index, monitor.monitor) == ("monitor", 0, "readline")
     assert (serial.frontend, serial.index, serial.origin) == ("serial", 1, command_line.options[3])
     assert serial.origin is command_line.options[3]
+    several = find_chardevs(parse("-nodefaults -qmp null -monitor null -qmp null -gdb null -s"))
+    assert [(c.frontend, c.index) for c in several] == [
+        *(("qmp", 0), ("monitor", 0), ("qmp", 1), ("gdb", 0), ("gdb", 1))
+    ]
 
 
 def test_gdb_is_a_server_whatever_it_says() -> None:

@@ -6,7 +6,7 @@ import json
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from segue.errors import BadCommandLine
@@ -18,6 +18,8 @@ implied_keys = st.none() | st.sampled_from(["type", "driver", "path"])
 
 
 @given(words, implied_keys)
+@example(",", None)
+@example("a,,,", "path")
 def test_printing_what_was_read_gives_the_same_text_a_reader_understands(
     text: str, implied: str | None
 ) -> None:

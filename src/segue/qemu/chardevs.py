@@ -17,7 +17,7 @@ from typing import Literal
 
 from segue.errors import BadCommandLine
 from segue.qemu.commandline import CommandLine, Option, settles_monitor, settles_serial
-from segue.qemu.options import Form, Params
+from segue.qemu.options import Params
 from segue.qemu.optiontable import OPTIONS, Syntax
 
 MonitorMode = Literal["readline", "control"]
@@ -215,11 +215,10 @@ def _udp(text: str, address: str) -> Params:
 def _normalised(params: Params) -> Params:
     """Plain pairs, each key once, with QEMU's two names for Nagle's algorithm made one."""
     pairs: dict[str, str] = {}
-    for key, value, form in params.entries:
+    for key, value in params.items():
         if key == "delay":
             # `nodelay` alone is read as `delay=off`.
-            off = form is Form.OFF or not params.boolean("delay", True)
-            pairs["nodelay"] = "on" if off else "off"
+            pairs["nodelay"] = "off" if params.boolean("delay", True) else "on"
         elif key not in ("id", "backend", "mux"):
             pairs[key] = value
     return Params.of(pairs)
