@@ -76,7 +76,7 @@ CHARDEVS = [
     "-M pc -nodefaults -serial none -serial null -serial null",
     "-M pc -nodefaults -parallel none -parallel null",
     "-M pc -nodefaults -qmp null -monitor none -monitor null -qmp-pretty unix:q,server=on,wait=off",
-    "-M pc -nodefaults -serial mon:null -parallel null -debugcon file:d,x -gdb unix:g,server",
+    "-M pc -nodefaults -serial mon:null -parallel null -debugcon file:d -gdb unix:g,server,nowait",
     "-M pc -nodefaults -chardev null,id=a,mux=on -serial chardev:a -mon chardev=a",
     "-M pc -nodefaults -serial vc:80Cx24C -serial udp:localhost:5555 -serial vcx",
     "-M pc -nodefaults -serial mon:pty -serial unix:k,mux=on,id=z,server=on,wait=off",
