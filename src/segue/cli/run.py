@@ -1,0 +1,47 @@
+"""segue run: a machine from QEMU's own command line."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from segue.errors import UsageError
+
+if TYPE_CHECKING:
+    from segue.cli.parser import Commands
+
+_DESCRIPTION = """\
+Start a machine. What follows is QEMU's own command line, exactly as you would give it to your
+shell; stdin, stdout, signals and the exit status are QEMU's own as well. What cannot be kept over
+an upgrade is said at the start."""
+
+_EPILOG = """\
+examples:
+  segue run -- qemu-system-x86_64 -m 2G -nographic disk.qcow2
+  segue run --name web --detach -- qemu-system-x86_64 -m 4G -drive file=web.qcow2,if=virtio"""
+
+
+def declare(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="start a machine from QEMU's own command line",
+        usage="segue run [--name NAME] [--detach] -- QEMU ARGS...",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="the machine's name (default: from -name, else qemu-PID)"
+    )
+    parser.add_argument("--detach", action="store_true", help="return when the guest is running")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: Namespace) -> int:
+    if not arguments.qemu:
+        raise UsageError(
+            "which QEMU is to run, and with which arguments?",
+            hint="segue run -- qemu-system-x86_64 ARGS...",
+        )
+    from segue import supervisor
+
+    return supervisor.run(arguments.name, arguments.qemu, detach=arguments.detach)
