@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from fractions import Fraction
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -359,10 +358,11 @@ def parse_size(text: str, default_suffix: str = "M") -> int:
     if hexadecimal is not None:
         size = int(hexadecimal, 16) * unit
     else:
-        part = Fraction(float(fraction)) if fraction and fraction != "." else Fraction(0)
-        if part and unit == 1:
+        # Exact, without the weight of the fractions module.
+        above, below = float(f"0{fraction}0" if fraction else "0").as_integer_ratio()
+        if above and unit == 1:
             raise BadCommandLine(f"'{text}' is not a whole number of bytes", hint)
-        size = int(whole) * unit + int(part * unit + Fraction(1, 2))
+        size = int(whole) * unit + (2 * above * unit + below) // (2 * below)
     if size >= 1 << 64:
         raise BadCommandLine(f"'{text}' is out of range", "a size is below 2^64 bytes")
     return size
