@@ -224,7 +224,8 @@ class Client(_SocketEndpoint):
                 await asyncio.get_running_loop().sock_connect(sock, address)
             except OSError as error:
                 sock.close()
-                reason = error.strerror or str(error)
+                # asyncio's own text has the address in it
+                reason = os.strerror(error.errno) if error.errno else str(error)
             except BaseException:
                 sock.close()
                 raise
