@@ -43,6 +43,7 @@ TO_GUEST = 4096  # CHR_READ_BUF_LEN
 _PIECE = 65536
 # A successor that was sent so much has read it, and so it runs: there is no undo any more.
 _UNDO = 1 << 20
+_RETRY = 1.0  # seconds
 
 ReplaceBackend = Callable[[str, int], Awaitable[None]]
 
@@ -50,9 +51,10 @@ ReplaceBackend = Callable[[str, int], Awaitable[None]]
 class Broker(Kept):
     """One character device: its host end, its client, its instances.
 
-    `shared` are parameters that each instance gets too (mux, logfile). With `presence`, QEMU
-    sees a disconnected socket while no client is there, and the guest a closed port; a new
-    client is given to QEMU by `replace_backend(id, fd)`, when no upgrade is in progress.
+    `shared` are parameters that each instance gets too (mux, logfile), also when its backend is
+    replaced. With `presence`, QEMU sees a disconnected socket while no client is there, and the
+    guest a closed port; a new client is given to QEMU by `replace_backend(id, fd)`, which raises
+    SegueError where QEMU refuses, and is not called while an upgrade is in progress.
     """
 
     kind = "chardev"
@@ -74,7 +76,7 @@ class Broker(Kept):
         self.on_client_change: Callable[[bool], None] | None = None
         self.on_break: Callable[[], None] | None = None
         self.replace_backend: ReplaceBackend | None = None
-        self._shared = shared or {}
+        self.shared = shared or {}
         self._prompt = Prompt() if monitor else None
         self._presence = presence
         self._err = err
@@ -90,6 +92,8 @@ class Broker(Kept):
         self._viewers: list[Viewer] = []
         self._watches = Watches()
         self._replacing: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._refused = False
         self._flushed = asyncio.Event()
         endpoint.came = self._client_came
         endpoint.broke = self._client_broke
@@ -108,7 +112,7 @@ class Broker(Kept):
         options = {"id": self.name, "fd": str(lending.inherit(pair.theirs.fileno()))}
         if pair.ours is not None:
             lending.inherit(pair.ours.fileno())
-        options |= self._shared
+        options |= self.shared
         if "logfile" in options and not lending.first:
             options["logappend"] = "on"
         if self._serving is None:
@@ -181,6 +185,8 @@ class Broker(Kept):
     def close(self) -> None:
         if self._replacing is not None:
             self._replacing.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
         if self._channel is not None:
             self._write_client()
         self._watches.close()
@@ -406,17 +412,23 @@ class Broker(Kept):
                 self._unwatch(pair)
                 pair.hang_up()
             self.to_guest.clear()
+            self._refused = False
         elif pair.ours is None and len(self._pairs) == 1 and self.replace_backend is not None:
-            self._replacing = asyncio.get_running_loop().create_task(
-                self._replace(self.replace_backend)
-            )
+            if self._retry is None:
+                self._replacing = asyncio.get_running_loop().create_task(
+                    self._replace(self.replace_backend)
+                )
 
     async def _replace(self, replace_backend: ReplaceBackend) -> None:
         number, pair = self._serving, Pair.make()
         try:
             await replace_backend(self.name, pair.theirs.fileno())
         except SegueError as error:
-            self._err(f"{self.name}: the client cannot be shown to the guest: {error.what}")
+            # QEMU refuses while the guest is paused.
+            if not self._refused:
+                self._err(f"{self.name}: its client is not shown to the guest yet: {error.what}")
+            self._refused = True
+            self._retry = asyncio.get_running_loop().call_later(_RETRY, self._try_again)
             pair.close()
             return
         except BaseException:
@@ -424,9 +436,14 @@ class Broker(Kept):
             raise
         finally:
             self._replacing = None
+        self._refused = False
         if number is None or number not in self._pairs:
             pair.close()
             return
         self._close_pair(self._pairs[number])
         self._pairs[number] = pair
+        self._pump()
+
+    def _try_again(self) -> None:
+        self._retry = None
         self._pump()
