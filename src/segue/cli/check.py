@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 _PROBE_TIMEOUT = 60.0
 
 _DESCRIPTION = """\
-Say what an upgrade would do, what it would not keep, and every reason why it would be refused,
-each with the change that would help. Nothing is touched. Exits with 5 if it would be refused.
-To try it on the running guest: segue upgrade NAME --rehearse."""
+Say what an upgrade would do, what it would not keep, and every reason why it
+would be refused, each with the change that would help. Nothing is touched.
+Exits with 5 if it would be refused. To try it on the running guest: segue
+upgrade NAME --rehearse."""
 
 
 def declare(commands: Commands) -> None:
@@ -55,9 +56,9 @@ def _show(name: str, plan: Mapping[str, Any]) -> None:
     else:
         print(f"{name}: QEMU {old['version']} → {new['version']} ({new['path']})")
     for loss in plan["not_kept"]:
-        print(output.one_line(f"  not kept: {loss['what']}: {loss['why']}"))
+        print(f"  not kept: {output.one_line(loss['what'])}: {output.one_line(loss['why'])}")
     for note in plan["notes"]:
-        print(output.one_line(f"  note: {note}"))
+        print(f"  note: {output.one_line(note)}")
     for blocker in plan["blockers"]:
         print(f"  blocker: {output.blocker_text(blocker)}")
     if not plan["blockers"] and not plan["current"]:

@@ -30,8 +30,8 @@ _DETACH = b"\x1d"  # Ctrl-]
 _CHUNK = 65536
 
 _DESCRIPTION = """\
-Attach to the first serial console of a machine. Every key goes to the guest, Ctrl-C too;
-Ctrl-] detaches. Input may also come from a pipe."""
+Attach to the first serial console of a machine. Every key goes to the guest,
+Ctrl-C too; Ctrl-] detaches. Input may also come from a pipe."""
 
 
 def declare(commands: Commands) -> None:

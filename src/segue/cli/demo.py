@@ -38,9 +38,10 @@ _SILENCE = 20.0
 _ENDING = 30.0
 
 _DESCRIPTION = """\
-Start a guest of about one KiB that prints a number at every timer interrupt, a thousand a second,
-and replace its QEMU three times. A client on its serial port checks that no number is missing or
-comes twice, and that a number drawn at boot, which only its RAM knows, is still the same."""
+Start a guest of about one KiB that prints a number at every timer interrupt, a
+thousand a second, and replace its QEMU three times. A client on its serial
+port checks that no number is missing or comes twice, and that a number drawn
+at boot, which only its RAM knows, is still the same."""
 
 _EPILOG = """\
 example, two releases side by side:
@@ -108,8 +109,9 @@ def _machine(qemu: str, folder: Path) -> Iterator[Path]:
             errors="replace",
         )
         if started.returncode:
+            said = started.stderr.strip().splitlines() or ["segue: no reason was given"]
             raise SegueError(
-                f"the demo's guest could not be started: {started.stderr.strip()}",
+                f"the demo's guest could not be started: {said[0].removeprefix('segue: ')}",
                 hint="try another QEMU: segue demo --qemu BIN",
             )
         yield serial
@@ -147,8 +149,8 @@ def _perform(serial: Path, targets: Sequence[str]) -> None:
         print(f"  the guest drew {nonce} at boot", flush=True)
         longest = 0.0
         for number, target in zip(range(1, _UPGRADES + 1), itertools.cycle(targets), strict=False):
-            print(f"\n$ segue upgrade {_NAME} --to {shlex.quote(target)}", flush=True)
-            receipt = upgrade(machines.find(_NAME), {"to": target})
+            print(f"\n$ segue upgrade {_NAME} --force --to {shlex.quote(target)}", flush=True)
+            receipt = upgrade(machines.find(_NAME), {"to": target, "force": True})
             if receipts.exit_status(receipt):
                 error = receipt["error"] or {}
                 raise SegueError(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from segue.cli.parser import Commands
 
 _DESCRIPTION = """\
-List your machines. OUTDATED says why an upgrade would be useful: the file of the running QEMU, or
-a library that it uses, has been replaced since."""
+List your machines. OUTDATED says why an upgrade would be useful: the file of
+the running QEMU, or a library that it uses, has been replaced since."""
 
 
 def declare(commands: Commands) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import segue
@@ -17,10 +18,14 @@ from segue.errors import UsageError
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
 
+# In the order of --help. Each is a module of this package.
+COMMANDS = ("run", "ls", "show", "check", "upgrade", "history", "console", "stop", "demo")
+
 _DESCRIPTION = """\
-Replace QEMU under a running guest: its memory stays where it is, and its consoles, disks and
-clients notice nothing. Start a machine by `segue run -- QEMU ARGS...`, with the command line that
-you have anyway; when a new QEMU is installed, `segue upgrade NAME` moves the guest into it."""
+Replace QEMU under a running guest: its memory stays where it is, and its
+consoles, disks and clients notice nothing. Start a machine by `segue run --
+QEMU ARGS...`, with the command line that you have anyway; when a new QEMU is
+installed, `segue upgrade NAME` moves the guest into it."""
 
 _EPILOG = """\
 exit codes:
@@ -30,16 +35,23 @@ exit codes:
   3  the machine is not running          8  the guest is lost, or nobody can tell
   4  there is no such machine
 
-Machines live in /run/segue (root) or $XDG_RUNTIME_DIR/segue; SEGUE_RUN_DIR names another place.
-NO_COLOR is honoured."""
+Machines live in /run/segue (root) or $XDG_RUNTIME_DIR/segue; SEGUE_RUN_DIR
+names another place. NO_COLOR is honoured.
+"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """80 columns: asking for the terminal's width imports shutil, at every start (5 ms)."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=80)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line and a hint, as everything else does."""
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
@@ -54,34 +66,42 @@ class Version(argparse.Action):
         raise SystemExit(0)
 
 
-def build() -> Parser:
-    """The parser of all commands."""
-    from segue.cli import check, console, demo, history, ls, run, show, stop, upgrade
-
+def build(names: Sequence[str] = COMMANDS) -> Parser:
+    """The parser of all commands, or only of some: importing all of them takes 10 ms more."""
     parser = Parser(prog="segue", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action=Version, help="say which release this is")
     commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
+        title="commands",
+        metavar="COMMAND",
+        dest="command",
+        required=True,
+        parser_class=Parser,
+        prog="segue",  # found out by itself, it would cost the import of shutil
     )
-    for command in (run, ls, show, check, upgrade, history, console, stop, demo):
-        command.declare(commands)
+    for name in names:
+        import_module(f"segue.cli.{name}").declare(commands)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with `run` and for `segue run` also `qemu`: the words of QEMU's own.
+    """The arguments, with `run`, and for `segue run` also `words`: QEMU's own.
 
     argparse never sees those: its REMAINDER treats `--`, and options in front, differently in
     each Python release. Raises UsageError; SystemExit after --help and --version.
     """
-    parser = build()
     own, qemu = split_run(argv) if argv[:1] == ["run"] else (list(argv), [])
     if not own:
-        parser.print_help(sys.stderr)
+        build().print_help(sys.stderr)
         raise UsageError("no command was given", hint="segue ls shows the machines that run")
-    _suggest(parser, own[0])
-    arguments = parser.parse_args(own)
-    arguments.qemu = qemu
+    if own[0] in COMMANDS:
+        parser = build(own[:1])
+    else:
+        _suggest(own[0])
+        parser = build()
+    arguments, unknown = parser.parse_known_args(own)
+    if unknown:
+        raise UsageError(f"what does {' '.join(unknown)} mean here?", hint=f"segue {own[0]} --help")
+    arguments.words = qemu
     return arguments
 
 
@@ -102,14 +122,12 @@ def split_run(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:position]), list(argv[position:])
 
 
-def _suggest(parser: Parser, word: str) -> None:
-    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    commands = list(actions[0].choices)
-    if word.startswith("-") or word in commands:
+def _suggest(word: str) -> None:
+    if word.startswith("-"):
         return
     from difflib import get_close_matches
 
-    close = get_close_matches(word, commands, n=1)
+    close = get_close_matches(word, COMMANDS, n=1)
     raise UsageError(
         f"there is no command {word!r}",
         hint=f"did you mean segue {close[0]}?" if close else "segue --help lists them",

@@ -77,4 +77,4 @@ def tell(receipt: Receipt, successes: bool = True) -> None:
     elif successes:
         print(sentence(receipt))
         for loss in receipt["not_kept"]:
-            print(output.one_line(f"  not kept: {loss['what']}: {loss['why']}"))
+            print(f"  not kept: {output.one_line(loss['what'])}: {output.one_line(loss['why'])}")

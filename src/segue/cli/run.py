@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from segue.cli.parser import Commands
 
 _DESCRIPTION = """\
-Start a machine. What follows is QEMU's own command line, exactly as you would give it to your
-shell; stdin, stdout, signals and the exit status are QEMU's own as well. What cannot be kept over
-an upgrade is said at the start."""
+Start a machine. What follows is QEMU's own command line, exactly as you would
+give it to your shell; stdin, stdout, signals and the exit status are QEMU's
+own as well. What cannot be kept over an upgrade is said at the start."""
 
 _EPILOG = """\
 examples:
   segue run -- qemu-system-x86_64 -m 2G -nographic disk.qcow2
-  segue run --name web --detach -- qemu-system-x86_64 -m 4G -drive file=web.qcow2,if=virtio"""
+  segue run --name web --detach -- qemu-system-x86_64 -m 2G disk.qcow2"""
 
 
 def declare(commands: Commands) -> None:
@@ -32,16 +32,24 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "--name", metavar="NAME", help="the machine's name (default: from -name, else qemu-PID)"
     )
-    parser.add_argument("--detach", action="store_true", help="return when the guest is running")
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="return when the guest is running; prints the name if none was given",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: Namespace) -> int:
-    if not arguments.qemu:
+    if not arguments.words:
         raise UsageError(
             "which QEMU is to run, and with which arguments?",
             hint="segue run -- qemu-system-x86_64 ARGS...",
         )
-    from segue import supervisor
+    from segue import machines, supervisor
 
-    return supervisor.run(arguments.name, arguments.qemu, detach=arguments.detach)
+    name = arguments.name or machines.default_name(arguments.words)
+    status = supervisor.run(name, arguments.words, detach=arguments.detach)
+    if arguments.detach and status == 0 and not arguments.name:
+        print(name)
+    return status

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from segue.cli.parser import Commands
 
 _DESCRIPTION = """\
-Show one machine: which QEMU runs it, what is kept when that is replaced and by which identity,
-what is not, and what stands in the way of an upgrade."""
+Show one machine: which QEMU runs it, what is kept when that is replaced and by
+which identity, what is not, and what stands in the way of an upgrade."""
 
 
 def declare(commands: Commands) -> None:

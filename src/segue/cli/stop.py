@@ -24,8 +24,8 @@ _HOW = {
 }
 
 _DESCRIPTION = """\
-End a machine: press the guest's power button, and wait until it has shut down. If it has not in
-time, its QEMU is told to quit, and killed if that hangs too."""
+End a machine: press the guest's power button, and wait until it has shut down.
+If it has not in time, its QEMU is told to quit, and killed if that hangs too."""
 
 
 def declare(commands: Commands) -> None:

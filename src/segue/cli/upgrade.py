@@ -22,21 +22,22 @@ _PATIENCE = 30.0
 _LONGEST = 600.0
 
 _DESCRIPTION = """\
-Replace the QEMU of a running machine by another binary, by default the one that is now at the
-path it was started from. The guest stops for some milliseconds. Whatever goes wrong before the
-new QEMU has taken over ends with the guest running on in the old one, and says so."""
+Replace the QEMU of a running machine by another binary, by default the one
+that is now at the path it was started from. The guest stops for some
+milliseconds. Whatever goes wrong before the new QEMU has taken over ends with
+the guest running on in the old one, and says so."""
 
 _EPILOG = """\
-exit codes: 0 done, or already current; 1 failed; 5 refused, nothing was touched; 6 timed out (in
-all of these the guest runs on where it was); 7 some of several failed; 8 the guest is lost, or
-nobody can tell."""
+exit codes: 0 done, or already current; 1 failed; 5 refused, nothing was
+touched; 6 timed out (in all of these the guest runs on where it was); 7 some
+of several failed; 8 the guest is lost, or nobody can tell."""
 
 
 def declare(commands: Commands) -> None:
     parser = commands.add_parser(
         "upgrade",
         help="replace the QEMU of a machine",
-        usage="segue upgrade (NAME | --all) [--to BIN] [--rehearse] [--timeout S] [--json]",
+        usage="segue upgrade (NAME | --all) [--to BIN] [--rehearse] [--force] [--timeout S]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
@@ -49,6 +50,9 @@ def declare(commands: Commands) -> None:
         "--rehearse",
         action="store_true",
         help="do all of it but the last step, then go back: proof at the price of a short pause",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="also when the QEMU that runs is the one to move to"
     )
     parser.add_argument(
         "--timeout", metavar="S", type=positive, help="give up after so many seconds and go back"
@@ -81,6 +85,8 @@ def run(arguments: Namespace) -> int:
         request["to"] = binary(arguments.to)
     if arguments.rehearse:
         request["rehearse"] = True
+    if arguments.force:
+        request["force"] = True
     if arguments.timeout:
         request["timeout"] = arguments.timeout
     if arguments.all:
