@@ -19,9 +19,10 @@ guest runs, on the PL011). Lines end in ``\r\n``; whatever precedes the banner i
   was started again has another one.
 - Each tick checks one of 256 stamped pages, from 2 to 3 MiB of RAM (aarch64: from 2.5 to 3.5 MiB),
   and stamps it anew. The stamps are made of nonce and tick.
-- Input is echoed as `got`, 16 bytes a tick at most. Four bytes are commands as well:
-  ``q`` powers off (ACPI; isa-debug-exit), ``r`` resets (keyboard controller; triple fault),
-  ``h`` stops for good with interrupts off, ``p`` panics (isa pvpanic; not on aarch64).
+- Input is echoed as `got`, 16 bytes a tick at most; what arrives before the banner is lost. Four
+  bytes are commands as well: ``q`` powers off (ACPI; isa-debug-exit, which `microvm,acpi=off`
+  needs), ``r`` resets (keyboard controller; triple fault), ``h`` stops for good with interrupts
+  off, ``p`` panics (isa pvpanic; not on aarch64).
   A command that the machine cannot do costs 32 to 96 late ticks, and the guest counts on.
 """
 
