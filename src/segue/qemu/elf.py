@@ -46,7 +46,7 @@ def read(path: Path | str) -> Elf | None:
         return None
     try:
         return _parse(fd)
-    except (OSError, struct.error):
+    except (OSError, OverflowError, struct.error):
         return None
     finally:
         os.close(fd)
@@ -59,7 +59,7 @@ def build_id(path: Path | str) -> str | None:
 
 def _parse(fd: int) -> Elf | None:
     head = os.pread(fd, 64, 0)
-    if head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
+    if len(head) < 52 or head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
         return None
     wide, order = head[4] == 2, "<" if head[5] == 1 else ">"
     kind = struct.unpack_from(order + "H", head, 16)[0]
@@ -80,9 +80,11 @@ def _parse(fd: int) -> Elf | None:
 def _segments(fd: int, head: bytes, wide: bool, order: str) -> list[_Segment]:
     table = struct.unpack_from(order + ("Q" if wide else "I"), head, 32 if wide else 28)[0]
     entry, count = struct.unpack_from(order + "HH", head, 54 if wide else 42)
+    if entry != (56 if wide else 32):
+        return []
     data = os.pread(fd, entry * count, table)
     segments = []
-    for at in range(0, entry * count, entry or 1):
+    for at in range(0, entry * count, entry):
         if wide:
             kind, _, offset, _, _, size = struct.unpack_from(order + "IIQQQQ", data, at)
         else:

@@ -27,14 +27,7 @@ _DELETED = " (deleted)"
 _MAX_SCRIPT = 64 << 10
 # A mapping: addresses, permissions, offset, device, inode, path. Only mapped files of which code
 # is run matter here: guest RAM and the like are deleted files too.
-_CODE = re.compile(
-    rb"^[0-9a-f]+-[0-9a-f]+ ..x. [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+) +(/.*)$", re.MULTILINE
-)
-# The same, with ` (deleted)`: `maps` has about a thousand lines, so one pass and no splitting.
-_GONE = re.compile(
-    rb"^([0-9a-f]+-[0-9a-f]+) ..x. [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+ +(/.*) \(deleted\)$",
-    re.MULTILINE,
-)
+_CODE = re.compile(rb"([0-9a-f]+-[0-9a-f]+) ..x. [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+) +(/.*)")
 # TCG's own code buffer with split-wx, shared anonymous memory, System V segments.
 _NO_FILES = ("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage", "/dev/shm/")  # noqa: S108
 
@@ -74,12 +67,12 @@ def main_object(pid: int) -> MainObject | None:
         if header and header.program:
             return _identify(os.readlink(executed), executed, header.build_id)
         # `ld.so PROGRAM` is executed as ld.so, which then maps the program itself.
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
-        for inode, name in dict.fromkeys(_CODE.findall(maps)):
-            path = os.fsdecode(name)
-            header = elf.read(path)
-            if header and header.program and os.stat(path).st_ino == int(inode):
-                return _identify(path, path, header.build_id)
+        for line in _maps(pid):
+            if match := _CODE.fullmatch(line):
+                path = os.fsdecode(match[3])
+                header = elf.read(path)
+                if header and header.program and os.stat(path).st_ino == int(match[2]):
+                    return _identify(path, path, header.build_id)
     except OSError:
         pass
     return None
@@ -126,21 +119,25 @@ def _replaced(path: Path, started: Started) -> str | None:
 
 def _deleted_library(pid: int, started: Started) -> str | None:
     try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
+        # The ending first: there are hundreds of lines, and `segue ls` asks of every machine.
+        gone = [line for line in _maps(pid) if line.endswith(b" (deleted)")]
     except OSError:
         return None
-    if b" (deleted)\n" not in maps:
-        return None
-    for addresses, name in _GONE.findall(maps):
-        path = os.fsdecode(name)
+    for match in filter(None, map(_CODE.fullmatch, gone)):
+        addresses = match[1].decode()
+        path = os.fsdecode(match[3]).removesuffix(_DELETED)
         if path.startswith(_NO_FILES) or path == started.path:
             continue
         # The mapped file itself can be read only with privileges; without them a library that was
         # reinstalled as it was counts as another one, which errs on the safe side.
-        old = elf.build_id(f"/proc/{pid}/map_files/{addresses.decode()}")
+        old = elf.build_id(f"/proc/{pid}/map_files/{addresses}")
         if old is None or old != elf.build_id(path):
             return f"{path}, which it uses, was replaced"
     return None
+
+
+def _maps(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/maps").read_bytes().splitlines()
 
 
 def _identify(path: str, readable: str, build_id: str | None) -> MainObject:
