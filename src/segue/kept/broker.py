@@ -239,8 +239,8 @@ class Broker(Kept):
     def _client_came(self, channel: Channel) -> None:
         self._channel = channel
         self._input_ended = False
-        if self._prompt and self._prompt.banner:
-            self.to_client += self._prompt.banner
+        if self._prompt:
+            self.to_client += self._prompt.greeting(channel.returning)
         self._changed()
 
     def _client_left(self) -> None:

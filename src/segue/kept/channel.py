@@ -30,7 +30,8 @@ class Channel(ABC):
     `recv` gives b"" at the end of input, and both raise BlockingIOError when it is not the time.
     `two_way` says that the end of input is the end of the client (a socket); otherwise output
     goes on (stdio). `opens` is whether QEMU tells the guest that someone is there, `hangs_up`
-    whether the client's end is to be noticed while there is no room for its input.
+    whether the client's end is to be noticed while there is no room for its input. `returning`:
+    a client that has been greeted before, and only wants to see a monitor's prompt.
     """
 
     reads: int
@@ -38,6 +39,7 @@ class Channel(ABC):
     two_way = True
     opens = True
     hangs_up = False
+    returning = False
 
     @abstractmethod
     def recv(self, size: int) -> bytes: ...

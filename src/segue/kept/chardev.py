@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.endpoints import Endpoint, Pipe, Say, Udp
+from segue.kept.mux import Front, Mux
 from segue.kept.sockets import Client, Server
 from segue.kept.terminal import Pty, Stdio
 from segue.qemu.chardevs import Chardev
@@ -74,6 +76,24 @@ def make(
         presence=presence and not chardev.mux,
         err=err,
     )
+
+
+def make_mux(
+    chardev: Chardev,
+    fronts: Sequence[Front],
+    *,
+    escape: int = 1,
+    out: Say = lambda line: None,
+    err: Say = lambda line: None,
+) -> Mux:
+    """What keeps a device with `mux=on` that is shared by `fronts`.
+
+    Instances get a chardev for each front, and none of the device's own id unless a front has
+    it. `escape` is what `-echr` says.
+    """
+    shared = {key: value for key, value in chardev.params.items() if key in _SHARED}
+    end = host_end(chardev, out, err)
+    return Mux(chardev.id, end, fronts, shared=shared, escape=escape)
 
 
 def host_end(chardev: Chardev, out: Say, err: Say) -> Endpoint:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 # Towards the guest: small, since what waits there at an upgrade is taken back in the blackout.
 # The kernel doubles it, and counts about 0.8 KiB for each single byte that was sent alone.
-_TO_INSTANCE = 65536
+_TO_INSTANCE = 16384
 # More than can wait in either direction. One recv() of this size takes all of it, or an
 # instance that reads at the same moment does: they cannot interleave, as the kernel holds the
 # socket's lock for the whole call.

@@ -30,6 +30,10 @@ class Prompt:
         self._capturing: bytearray | None = bytearray()
         self._sent = bytearray()  # the last that was sent, to see what was taken back
 
+    def greeting(self, returning: bool) -> bytes:
+        """What a client sees when it comes, nothing if the banner is still to be printed."""
+        return _PROMPT if returning and self.banner else self.banner
+
     def output(self, data: bytes) -> bytes:
         """What a client is shown of this output."""
         if self._capturing is None:
