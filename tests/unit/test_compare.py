@@ -209,8 +209,8 @@ def test_cpuid() -> None:
     features = {"CPUID 0x1.0 ECX": 0x30, "CPUID 0x1.0 EDX": 2}
     assert changed(cpus=tuple(replace(cpu, features=features) for cpu in cpus)) == [
         (
-            "each CPU: CPUID 0x1.0 ECX is 0x00000001 on the incumbent, 0x00000030 on the successor, "
-            "gone: bit 0, new: bits 4 5"
+            "each CPU: CPUID 0x1.0 ECX is 0x00000001 on the incumbent, 0x00000030 on the successor"
+            ", gone: bit 0, new: bits 4 5"
         )
     ]
     assert changed(cpus=(cpus[0], replace(cpus[1], features=features))) == [

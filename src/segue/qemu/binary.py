@@ -244,8 +244,11 @@ async def _displays(path: Path) -> list[str]:
     """QMP does not tell them; `-display help` prints one a line."""
     async with _running(path, ["-display", "help"], stdout=asyncio.subprocess.PIPE) as process:
         assert process.stdout is not None  # noqa: S101
-        text = (await process.stdout.read(65536)).decode(errors="replace")
-    return sorted(set(_LISTING.findall(text)))
+        text = b""
+        # It may come in pieces, and what is no QEMU may never end.
+        while len(text) < 65536 and (piece := await process.stdout.read(65536)):
+            text += piece
+    return sorted(set(_LISTING.findall(text.decode(errors="replace"))))
 
 
 async def _find_in(path: str, wanted: tuple[bytes, ...]) -> set[bytes]:

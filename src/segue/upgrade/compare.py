@@ -38,8 +38,8 @@ _RENAMED = {"acpi-ged-x86": "acpi-ged"}  # 10.0
 
 # Properties in `info qtree` that say where a device is, of all kinds of buses.
 _ADDRESS = frozenset(
-    "addr port channel scsi-id lun unit nr iobase iobase2 irq address slot chassis node base "
-    "bus_nr reg".split()
+    "addr port channel scsi-id lun unit nr nsid cad iobase iobase2 ioport irq index address reg "
+    "slot chassis chassis_nr bus_nr node base firstport masterbus".split()
 )
 _DEV = re.compile(r'dev: (.*), id "(.*)"$')
 _PROPERTY = re.compile(r"(\S+) = (.*)$")
