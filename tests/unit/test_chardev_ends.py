@@ -15,9 +15,10 @@ import pytest
 
 from segue.errors import SegueError
 from segue.kept.broker import Broker
+from segue.kept.channel import Descriptor
 from segue.kept.chardev import KeptOutput, is_kept, make, unsupported
 from segue.kept.telnet import GREETING
-from segue.kept.terminal import Pty, Stdio
+from segue.kept.terminal import Pty, PtyChannel, Stdio
 from segue.qemu.chardevs import Chardev, from_compat
 from segue.qemu.options import Params
 from tests.unit.chardevs import Client, Instance, bed, broker_for, lending, run, turns, until
@@ -346,6 +347,15 @@ def test_a_closed_slave_costs_no_turns_of_the_loop() -> None:
     run(main)
 
 
+def test_output_for_a_closed_slave_is_lost_and_never_stuck() -> None:
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    os.close(slave)
+    channel = PtyChannel(master)
+    assert all(channel.send(b"x" * 4096) == 4096 for _ in range(100))
+    os.close(master)
+
+
 # -- stdio --------------------------------------------------------------------------------
 
 
@@ -432,6 +442,18 @@ def test_output_to_a_closed_pipe_is_lost_and_nothing_else() -> None:
             os.close(fd)
 
     run(main)
+
+
+def test_a_flag_that_others_share_is_taken_away_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    screen = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    stdout = os.open(tmp_path / "fifo", os.O_WRONLY)
+    os.close(screen)  # so it cannot be opened anew
+    descriptor = Descriptor(stdout, os.O_WRONLY)
+    assert not os.get_blocking(stdout)
+    descriptor.close()
+    assert os.get_blocking(stdout)
+    os.close(stdout)
 
 
 # -- pipe, udp, file ----------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Descriptor:
     O_NONBLOCK belongs to the open file description, which the user's shell has too, and would
     stay there if we were killed. So a terminal or a pipe is opened anew, a socket is asked call
     by call, and a regular file never blocks. Only where opening is refused (another user's
-    terminal, a pipe without a reader) the flag is set, and taken away by `close`.
+    terminal, a FIFO without a reader) the flag is set, and taken away by `close`.
     """
 
     def __init__(self, fd: int, access: int) -> None:
