@@ -119,6 +119,7 @@ class Archive:
 
     def depends(self, package: str) -> list[str]:
         """What `package` directly depends on; for metapackages, what they stand for."""
+        self.refresh()
         lines = self._apt("apt-cache", "depends", package).splitlines()
         return [line.split(":")[1].strip() for line in lines if line.strip().startswith("Depends:")]
 
@@ -129,6 +130,7 @@ class Archive:
         debootstrap gives the same, but takes a chroot, and root for it, to configure packages
         whose configuration nobody looks at.
         """
+        self.refresh()
         archives = self.folder / "archives"
         if with_libraries:
             self._apt("apt-get", "install", "--yes", "--download-only", *packages)
