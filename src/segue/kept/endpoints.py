@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from segue.errors import SegueError
@@ -141,7 +141,7 @@ async def resolve(
     family: socket.AddressFamily,
     kind: socket.SocketKind,
     flags: int = 0,
-) -> list[Address]:
+) -> Sequence[Address]:
     """The addresses of a name; raises SegueError if there are none."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -252,7 +253,7 @@ def _bind(
             sock.listen(_BACKLOG)
         except OSError as error:
             sock.close()
-            if error.errno != 98:  # EADDRINUSE
+            if error.errno != errno.EADDRINUSE:
                 raise SegueError(f"Failed to bind socket: {error.strerror}") from None
         else:
             return sock
