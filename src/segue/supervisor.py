@@ -114,7 +114,7 @@ class Supervisor:
         await self.instance.connect(timeout=86400)
         self.server = QmpServer(Service(self).commands(), gate=self.gate)
         stack.callback(self.server.close)
-        await self.server.listen_unix(self.directory.qmp)
+        self.server.listen_unix(self.directory.qmp)
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
         self.started = mapped.remember(self.binary.path, self.instance.pid)
@@ -171,7 +171,7 @@ class Supervisor:
             return
         name = event["event"]
         if name not in self._suppressed:
-            self.server.on_upstream_event(event)
+            self.server.emit(event)
         if name in ("SHUTDOWN", "GUEST_PANICKED"):
             self._later(self._guest_ended(name, event.get("data", {})))
         elif name in _STATE_EVENTS and not self.upgrader.busy:

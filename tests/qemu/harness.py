@@ -6,6 +6,7 @@ Everything is looked at from outside: through the command line, the sockets that
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,9 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qemu.qmp import EventListener, QMPClient
 
 from segue.guest import Witness
 
@@ -151,6 +155,9 @@ class Machine:
         receipt = self.upgrade(*arguments)
         assert receipt["result"] == "done", receipt
         return receipt
+
+    def qmp(self) -> Qmp:
+        return Qmp(self.directory / "qmp.sock")
 
     def stop(self) -> None:
         self.segue("stop", self.name, "--timeout", "1")
@@ -285,3 +292,73 @@ def descriptors(pid: int) -> list[str]:
         with contextlib.suppress(OSError):
             links.append(os.readlink(entry))
     return sorted(links)
+
+
+class Qmp:
+    """A client on the machine's QMP socket, by `qemu.qmp`: not our own code on both sides."""
+
+    def __init__(self, path: Path) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("test")
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._change = threading.Condition()
+        self._run(self._connect(str(path)))
+
+    async def _connect(self, path: str) -> None:
+        await self._client.connect(path)
+        self._listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        with EventListener() as listener:
+            self._client.register_listener(listener)
+            async for event in listener:
+                with self._change:
+                    self.events.append(dict(event))
+                    self._change.notify_all()
+
+    def _run(self, work: Any, limit: float = LIMIT) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(limit)
+
+    def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """The return value; raises qemu.qmp's ExecuteError."""
+        return self._run(self._client.execute(name, arguments))
+
+    def begin(self, name: str, arguments: dict[str, Any] | None = None) -> Future[Any]:
+        """As `command`, without waiting for the answer."""
+        work = self._client.execute(name, arguments)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def event(self, limit: float = LIMIT, **data: Any) -> dict[str, Any]:
+        """Wait for a SEGUE_UPGRADE event with these members."""
+
+        def found() -> dict[str, Any] | None:
+            for event in self.events:
+                if event["event"] == "SEGUE_UPGRADE" and data.items() <= event["data"].items():
+                    return event
+            return None
+
+        with self._change:
+            self._change.wait_for(found, limit)
+            result = found()
+        assert result is not None, f"no event {data}; there were {self.events[-5:]}"
+        return result
+
+    def close(self) -> None:
+        async def end() -> None:
+            self._listening.cancel()
+            with contextlib.suppress(Exception):
+                await self._client.disconnect()
+
+        with contextlib.suppress(Exception):
+            self._run(end(), 5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def __enter__(self) -> Qmp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

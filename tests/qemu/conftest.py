@@ -1,0 +1,66 @@
+"""Fixtures of the tests on real QEMU. Each test ends with nothing left over."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from segue.guest import Witness, image
+from tests.qemu.harness import Client, Machine, Segue, qemu, wait_until
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A short path, since Unix sockets are to have room in it."""
+    path = Path(tempfile.mkdtemp(prefix="segue-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def segue(place: Path) -> Iterator[Segue]:
+    """The command in a run directory of its own; at the end machines are stopped, nothing left."""
+    command = Segue(place / "run", {"SEGUE_TESTING": "1"})
+    try:
+        yield command
+        for machine in command.machines:
+            if machine.process is not None and machine.process.poll() is None:
+                machine.stop()
+                machine.wait()
+        wait_until("the end of all that was started", lambda: not command.leftovers(), 10)
+    finally:
+        left = command.leftovers()
+        command.end()
+        assert not left, left
+
+
+def tiny(place: Path, release: str, *more: str, machine: str = "q35") -> list[str]:
+    """The command line of the tiny guest, its console on a Unix socket."""
+    return [
+        qemu(release),
+        *("-M", machine, "-m", "64", "-nodefaults", "-display", "none"),
+        *("-kernel", str(image())),
+        *("-serial", f"unix:{place}/console,server=on,wait=off"),
+        *more,
+    ]
+
+
+def watch(machine: Machine, place: Path) -> Client:
+    """A client on the tiny guest's console that checks every byte from here on."""
+    client = machine.connect(place / "console")
+    client.witness = Witness()
+    client.wait(lambda: client.witness and client.witness.ticks > 20, "the first ticks")
+    return client
+
+
+def unharmed(client: Client) -> None:
+    """The guest went on without a fault, and goes on."""
+    witness = client.witness
+    assert witness is not None
+    seen = witness.ticks
+    client.wait(lambda: witness.ticks > seen + 20, "the guest going on")
+    assert not witness.faults, witness.faults[:3]
