@@ -100,12 +100,19 @@ static void prefer(int priority)
     sched_setscheduler(0, SCHED_FIFO, &p);
 }
 
-/* Opens a terminal raw, or a virtio port; waits for it to appear. */
-static int open_port(const char *path, int flags)
+/* Drivers find their devices a while after they were loaded. */
+static int open_in_time(const char *path, int flags)
 {
     int fd = -1;
-    for (int i = 0; i < 1000 && (fd = open(path, flags | O_NOCTTY)) < 0; i++)
+    for (int i = 0; i < 1000 && (fd = open(path, flags)) < 0; i++)
         sleep_until(now() + 10 * MILLISECOND);
+    return fd;
+}
+
+/* Opens a virtio port, or a terminal, which it makes raw. */
+static int open_port(const char *path, int flags)
+{
+    int fd = open_in_time(path, flags | O_NOCTTY);
     if (fd < 0)
         die(path);
     struct termios t;
@@ -216,7 +223,7 @@ static void fail(struct progress *progress, const char *format, ...)
 
 static void write_and_verify(const char *device, long rate, struct progress *progress)
 {
-    int fd = open(device, O_RDWR | O_DIRECT);
+    int fd = open_in_time(device, O_RDWR | O_DIRECT);
     uint64_t size = 0;
     if (fd < 0 || ioctl(fd, BLKGETSIZE64, &size) < 0)
         fail(progress, "cannot open: %s", strerror(errno));
