@@ -60,7 +60,7 @@ def one_at_a_time() -> Iterator[None]:
 
 def main(name: str, work: object) -> None:
     """Runs `work()`; what it cannot do is told in two lines at most."""
-    assert callable(work)  # noqa: S101 - narrows the type
+    assert callable(work)
     try:
         work()
     except Failed as failed:

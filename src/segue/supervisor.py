@@ -16,13 +16,15 @@ import sys
 import syslog
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segue.errors import MonitorClosed, SegueError
+from segue.errors import SegueError
 from segue.kept.base import Lending
 from segue.kept.broker import Broker
 from segue.kept.description import Description, describe
+from segue.kept.mux import Mux
 from segue.machines import MachineDirectory, default_name
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
@@ -104,7 +106,9 @@ class Supervisor:
         for kept in self.machine.kept:
             stack.callback(kept.close)
             if isinstance(kept, Broker):
-                kept.replace_backend = self._replace_backend
+                kept.replace_backend = partial(self._replace_backend, kept.shared)
+            elif isinstance(kept, Mux):
+                kept.on_quit = self._quit
             await kept.start()
         self._serve_console(stack)
         self.journal = Journal(self.directory.journal)
@@ -189,8 +193,7 @@ class Supervisor:
         else:
             wanted = life.shutdown == "poweroff" and data.get("reason") not in _ENDS_BY_ITSELF
         if wanted:
-            with contextlib.suppress(MonitorClosed):
-                await self.instance.monitor.execute("quit")
+            await self._execute("quit")
         else:
             await self.refresh()
 
@@ -232,12 +235,24 @@ class Supervisor:
             "run_directory": str(self.directory.path),
         }
 
-    async def _replace_backend(self, chardev: str, fd: int) -> None:
+    def _quit(self) -> None:
+        """Ctrl-a x."""
+        self._later(self._execute("quit"))
+
+    async def _execute(self, command: str) -> None:
+        await self.upgrader.finished()
+        with contextlib.suppress(SegueError):
+            await self.instance.monitor.execute(command)
+
+    async def _replace_backend(self, shared: dict[str, str], chardev: str, fd: int) -> None:
         """Give the guest's port a connection of its own, so that it sees a client come."""
         monitor = self.instance.monitor
         await monitor.execute("getfd", {"fdname": chardev}, fds=[fd])
         address = {"type": "fd", "data": {"str": chardev}}
-        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        data: dict[str, Any] = {"addr": address, "server": False}
+        if "logfile" in shared:
+            data |= {"logfile": shared["logfile"], "logappend": True}
+        backend = {"type": "socket", "data": data}
         await monitor.execute("chardev-change", {"id": chardev, "backend": backend})
 
     def _serve_console(self, stack: contextlib.ExitStack) -> None:
@@ -330,7 +345,7 @@ def run(name: str | None, argv: list[str], *, detach: bool) -> int:
     """`segue run`: the exit status is QEMU's own. Raises SegueError for bad input."""
     line = CommandLine.parse(argv)
     if line.only_prints:
-        os.execvp(argv[0], argv)
+        os.execvp(argv[0], argv)  # noqa: S606
     if detach or line.daemonize:
         return _detached(name, line)
     return _supervise(name, line, detached=False, ready=lambda: None)

@@ -311,12 +311,12 @@ class Qmp:
         self._listening = asyncio.create_task(self._listen())
 
     async def _listen(self) -> None:
-        with EventListener() as listener:
-            self._client.register_listener(listener)
-            async for event in listener:
-                with self._change:
-                    self.events.append(dict(event))
-                    self._change.notify_all()
+        listener = EventListener()
+        self._client.register_listener(listener)
+        async for event in listener:
+            with self._change:
+                self.events.append(dict(event))
+                self._change.notify_all()
 
     def _run(self, work: Any, limit: float = LIMIT) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(limit)

@@ -132,10 +132,14 @@ def test_successor_killed(survivor: Survivor, phase: str) -> None:
 @pytest.mark.parametrize("phase", STARTED)
 def test_successor_hangs(survivor: Survivor, phase: str) -> None:
     incumbent = survivor.machine.qemu_pid
-    going = survivor.begin(phase, **{"x-limits": {phase: 1, "move": 1}})
+    going = survivor.begin(phase, **limits(**{phase: 1, "move": 1}))
     os.kill(survivor.successor(), signal.SIGSTOP)
     survivor.go_on()
     survivor.check(going.result(60), "timed-out", incumbent)
+
+
+def limits(**seconds: float) -> dict[str, Any]:
+    return {"x-limits": seconds}
 
 
 def script(place: Path, text: str) -> str:
@@ -165,7 +169,7 @@ BROKEN_STARTS = {
 def test_successor_starts_badly(survivor: Survivor, place: Path, how: str) -> None:
     incumbent = survivor.machine.qemu_pid
     to = script(place, BROKEN_STARTS[how].format(qemu=qemu("10.0")))
-    receipt = survivor.begin(None, to, **{"x-limits": {"prepare": 3}}).result(60)
+    receipt = survivor.begin(None, to, **limits(prepare=3)).result(60)
     expected = {"hangs": "timed-out", "exits at once": "failed", "prints an error": "failed"}
     survivor.check(receipt, expected.get(how, "refused"), incumbent)
     if how == "prints an error":
@@ -184,7 +188,7 @@ def test_loading_breaks(survivor: Survivor, place: Path) -> None:
     assert "move" in receipt["phases"]
 
 
-UNFIT = {
+UNFIT: dict[str, Callable[[Path], str]] = {
     "is missing": lambda place: str(place / "nothing"),
     "is a directory": str,
     "is not executable": lambda place: unfit(place, b"#!/bin/sh\n", stat.S_IRUSR),
@@ -203,8 +207,7 @@ def unfit(place: Path, data: bytes, mode: int) -> str:
 @pytest.mark.parametrize("how", UNFIT)
 def test_unfit_binary(survivor: Survivor, place: Path, how: str) -> None:
     incumbent = survivor.machine.qemu_pid
-    path: Callable[[Path], str] = UNFIT[how]
-    receipt = survivor.begin(None, path(place)).result(60)
+    receipt = survivor.begin(None, UNFIT[how](place)).result(60)
     survivor.check(receipt, "refused", incumbent)
 
 

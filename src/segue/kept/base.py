@@ -68,31 +68,31 @@ class Kept(Part):
     kind: str
     name: str
 
-    async def start(self) -> None:  # noqa: B027
+    async def start(self) -> None:
         """Open the host end. Raises SegueError with the reason."""
 
-    async def learn(self, monitor: Monitor) -> None:  # noqa: B027
+    async def learn(self, monitor: Monitor) -> None:
         """Note what the first instance chose, so that later ones are told the same."""
 
-    async def quiet(self) -> None:  # noqa: B027
+    async def quiet(self) -> None:
         """Finish what is under way, so that an upgrade can begin."""
 
-    def hold(self) -> None:  # noqa: B027
+    def hold(self) -> None:
         """The guest has stopped: let nothing more flow towards it."""
 
-    def take_back(self) -> None:  # noqa: B027
+    def take_back(self) -> None:
         """Take what the incumbent has not read; it will not read any more."""
 
-    def switch(self, number: int) -> None:  # noqa: B027
+    def switch(self, number: int) -> None:
         """Instance `number` runs the guest from now on: serve it."""
 
-    async def settle(self, monitor: Monitor) -> None:  # noqa: B027
+    async def settle(self, monitor: Monitor) -> None:
         """The incumbent is dead: set up on the successor what could not be there twice."""
 
-    def give_back(self) -> None:  # noqa: B027
+    def give_back(self) -> None:
         """The incumbent goes on: give it what was taken, and serve it again."""
 
-    def drop(self, number: int) -> None:  # noqa: B027
+    def drop(self, number: int) -> None:
         """Instance `number` is dead and reaped: close what was only for it."""
 
     @abstractmethod
@@ -103,5 +103,5 @@ class Kept(Part):
         """Whether /proc/PID/fd shows this object; None where an instance has no part in it."""
         return None
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """The machine has ended: let go of everything, and remove what was made."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from segue.kept import chardev as keeping
 from segue.kept.base import Kept
 from segue.kept.draft import Draft, Words
+from segue.kept.mux import Front
 from segue.qemu.chardevs import Chardev, find_chardevs, monitors
 
 # Front ends whose protocol sends descriptors through the chardev, or belongs to one process.
@@ -46,6 +47,8 @@ class CharactersRule:
                 continue
             elif reason := keeping.unsupported(chardev):
                 draft.block(said, reason, "use a unix socket, a pty or stdio")
+            elif chardev.mux and chardev.monitor == "readline" and chardev.frontend == "serial":
+                self._mux(draft, chardev)
             elif keeping.is_kept(chardev):
                 kept = keeping.make(
                     chardev,
@@ -56,6 +59,24 @@ class CharactersRule:
                 )
                 draft.kept.append(kept)
                 self._replace(draft, chardev, kept)
+
+    def _mux(self, draft: Draft, chardev: Chardev) -> None:
+        """`mon:stdio` and its like: a monitor and a serial port behind one client."""
+        monitor = f"{chardev.id}.mon"
+        escape = draft.command_line.value("echr")
+        kept = keeping.make_mux(
+            chardev,
+            [Front(monitor, monitor=True), Front(chardev.id)],
+            escape=int(escape, 0) if escape else 1,
+            out=_say,
+            err=_complain,
+        )
+        draft.kept.append(kept)
+        words = Words(("-monitor", f"chardev:{monitor}", "-serial", f"chardev:{chardev.id}"))
+        if chardev.origin is None:
+            draft.add(kept, words)
+        else:
+            draft.replace(chardev.origin, kept, words)
 
     def _private(self, draft: Draft) -> Iterable[tuple[str, str]]:
         for name, why in _PRIVATE.items():
@@ -70,14 +91,20 @@ class CharactersRule:
         if chardev.frontend in ("serial", "parallel", "debugcon"):
             words.append(Words((f"-{chardev.frontend}", f"chardev:{chardev.id}")))
         if chardev.monitor == "readline":
-            words.append(Words(("-mon", f"chardev={chardev.id},mode=readline")))
+            # Not -mon, which QEMU 11.1 warns about.
+            words.append(Words(("-monitor", f"chardev:{chardev.id}")))
         if chardev.origin is None:
             draft.add(kept, *words)
         else:
             draft.replace(chardev.origin, kept, *words)
 
     def _forget(self, draft: Draft, chardev: Chardev) -> None:
-        """Take a control monitor and its chardev off the command line."""
+        """Take a control monitor and its chardev off the command line.
+
+        QEMU would make its default monitor then, which it does not beside a `-qmp`.
+        """
+        if not draft.flag("monitor"):
+            draft.add(Words(("-monitor", "none")))
         for option in draft.options("mon"):
             if option.params.get("chardev") == chardev.id:
                 draft.replace(option)

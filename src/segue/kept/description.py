@@ -13,6 +13,7 @@ from segue.kept.display import DisplayRule
 from segue.kept.draft import Draft, Rule, apply
 from segue.kept.files import FilesRule
 from segue.kept.lifecycle import Lifecycle, LifecycleRule
+from segue.kept.mux import Mux
 from segue.kept.network import NetworkRule
 from segue.kept.ram import GuestRam, RamRule
 from segue.kept.unkeepable import UnkeepableRule
@@ -42,9 +43,9 @@ class Description:
     def ram_bytes(self) -> int:
         return sum(kept.size for kept in self.kept if isinstance(kept, GuestRam))
 
-    def console(self) -> Broker | None:
+    def console(self) -> Broker | Mux | None:
         """The first serial device that is kept; else the first other console."""
-        brokers = {kept.name: kept for kept in self.kept if isinstance(kept, Broker)}
+        brokers = {kept.name: kept for kept in self.kept if isinstance(kept, Broker | Mux)}
         for chardev in find_chardevs(self.draft.command_line):
             if chardev.frontend == "serial" and chardev.id in brokers:
                 return brokers[chardev.id]

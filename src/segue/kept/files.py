@@ -94,9 +94,7 @@ class FilesRule:
 
     def _keep_key(self, draft: Draft, option: Option, key: str) -> None:
         path = option.params.get(key)
-        self._keep(
-            draft, option, path, lambda o, new: o.with_params(o.params.set(key, new))
-        )
+        self._keep(draft, option, path, lambda o, new: o.with_params(o.params.set(key, new)))
 
     def _keep(
         self,

@@ -186,5 +186,3 @@ def default_huge_page() -> int:
 
 def total_bytes(kept: list[Kept]) -> int:
     return sum(k.size for k in kept if isinstance(k, GuestRam))
-
-

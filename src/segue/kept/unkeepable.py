@@ -57,4 +57,6 @@ class UnkeepableRule:
                 said, "it is written into guest RAM at every start", "use -device loader,file="
             )
         elif driver.startswith("vhost-"):
-            draft.block(said, "a vhost back end serves one process", f"use virtio instead of {driver}")
+            draft.block(
+                said, "a vhost back end serves one process", f"use virtio instead of {driver}"
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from segue.errors import CommandFailed
@@ -67,7 +68,9 @@ async def expand_cpu(monitor: Monitor, model: str) -> dict[str, Any]:
     if props:
         given["props"] = props
     try:
-        answer = await monitor.execute("query-cpu-model-expansion", {"type": "full", "model": given})
+        answer = await monitor.execute(
+            "query-cpu-model-expansion", {"type": "full", "model": given}
+        )
     except CommandFailed:
         return {}
     expanded: dict[str, Any] = answer["model"].get("props", {})
@@ -98,9 +101,9 @@ class ValuesRule:
         for option in draft.options("cpu"):
             if (option.value or "").partition(",")[0] in FLOATING_CPUS:
                 self._values.cpu_model = option.value
-                draft.replace(option, Computed(lambda lending, o=option: self._cpu(lending, o)))
+                draft.replace(option, Computed(partial(self._cpu, option)))
 
-    def _cpu(self, lending: Lending, option: Option) -> list[str]:
+    def _cpu(self, option: Option, lending: Lending) -> list[str]:
         if lending.first or not lending.cpu:
             return option.argv()
         return ["-cpu", self._values.cpu_arguments(lending.cpu)]

@@ -243,7 +243,7 @@ async def _ask(
 async def _displays(path: Path) -> list[str]:
     """QMP does not tell them; `-display help` prints one a line."""
     async with _running(path, ["-display", "help"], stdout=asyncio.subprocess.PIPE) as process:
-        assert process.stdout is not None  # noqa: S101
+        assert process.stdout is not None
         text = b""
         # It may come in pieces, and what is no QEMU may never end.
         while len(text) < 65536 and (piece := await process.stdout.read(65536)):

@@ -299,7 +299,7 @@ def _compat(option: Option, identifier: str, text: str | None = None) -> Chardev
 
 def _made_by_qemu(text: str, identifier: str, frontend: str) -> Chardev:
     made = from_compat(text, identifier)
-    assert made is not None  # noqa: S101 (texts of our own)
+    assert made is not None
     return replace(made, frontend=frontend)
 
 

@@ -82,8 +82,8 @@ class Instance:
             *argv,
             "-chardev",
             f"socket,id={MONITOR_ID},fd={theirs.fileno()}",
-            "-mon",
-            f"chardev={MONITOR_ID},mode=control",
+            "-qmp",
+            f"chardev:{MONITOR_ID}",
         ]
         read_end, write_end = os.pipe()
         try:
@@ -196,7 +196,7 @@ class Instance:
         It is stopped first, so that it cannot read the command between the look and the kill.
         """
         self.signal(signal.SIGSTOP)
-        while self.running and not _stopped(self.pid):
+        while self.running and not _stopped(self.pid):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         if self.left_commands_unread:
             await self.kill()
@@ -246,4 +246,3 @@ class Instance:
 
         self._read_last_words = readable
         self._loop.add_reader(fd, readable)
-

@@ -153,7 +153,7 @@ async def cancel(monitor: Monitor) -> str:
             await monitor.execute("migrate_cancel")
         except CommandFailed:
             pass
-        while (status := await state(monitor)) not in OVER:
+        while (status := await state(monitor)) not in OVER:  # noqa: ASYNC110
             # There is an event for this, but only if the `events` capability was set in time.
             await asyncio.sleep(0.002)
     return status

@@ -124,7 +124,8 @@ class Monitor:
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
         error = MonitorClosed("QEMU's monitor was closed", hint="see the machine's qemu.log")
-        for future in [self._greeted, *self._pending.values()]:
+        waiting: list[asyncio.Future[Any]] = [self._greeted, *self._pending.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(error)
                 future.exception()
@@ -136,9 +137,7 @@ class Monitor:
         try:
             while self._to_send:
                 data, fds = self._to_send[0]
-                sent = (
-                    socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
-                )
+                sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
                 if sent < len(data):
                     self._to_send[0] = (data[sent:], [])
                     raise BlockingIOError

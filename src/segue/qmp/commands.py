@@ -63,9 +63,7 @@ def check_arguments(members: Members, arguments: Mapping[str, Any]) -> None:
             if required:
                 raise BadArguments(f"Parameter '{name}' is missing")
         elif not _fits(arguments[name], kind):
-            raise BadArguments(
-                f"Invalid parameter type for '{name}', expected: {_TYPES[kind][0]}"
-            )
+            raise BadArguments(f"Invalid parameter type for '{name}', expected: {_TYPES[kind][0]}")
     for name in arguments:
         if name not in members:
             raise BadArguments(f"Parameter '{name}' is unexpected")
@@ -108,8 +106,7 @@ def schema(
             "name": name,
             "meta-type": "object",
             "members": [
-                {"name": member, "type": _TYPES[kind][1]}
-                | ({} if required else {"default": None})
+                {"name": member, "type": _TYPES[kind][1]} | ({} if required else {"default": None})
                 for member, (kind, required) in members.items()
             ],
         }

@@ -165,7 +165,9 @@ def is_read_only(command: str, arguments: Any) -> bool:
     if command == "human-monitor-command":
         line = arguments.get("command-line") if isinstance(arguments, dict) else None
         # One line is one command to QEMU: nothing after it can start another.
-        return isinstance(line, str) and line.split(maxsplit=1)[:1] != [] and (
-            line.split(maxsplit=1)[0] in _READ_ONLY_HMP
+        return (
+            isinstance(line, str)
+            and line.split(maxsplit=1)[:1] != []
+            and (line.split(maxsplit=1)[0] in _READ_ONLY_HMP)
         )
     return command in _READ_ONLY or command.startswith(_READ_ONLY_PREFIXES)

@@ -33,10 +33,10 @@ _FOUR_HEX = re.compile(rb"[0-9a-fA-F]{4}")
 _ESCAPES = dict(zip(b"\"'\\/bfnrt", "\"'\\/\b\f\n\r\t", strict=True))
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 # Surrogates and the code points that Unicode has set aside for no character.
-_NOT_UNICODE = re.compile(
-    "[\ud800-\udfff\ufdd0-\ufdef%s]"
-    % "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+_LAST_OF_PLANES = "".join(
+    chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)
 )
+_NOT_UNICODE = re.compile(f"[\ud800-\udfff\ufdd0-\ufdef{_LAST_OF_PLANES}]")
 
 
 class JsonError(Exception):

@@ -180,9 +180,7 @@ class QmpServer:
     def _relay(
         self, client: Client, message: dict[str, Any], name: str, arguments: Any, fds: list[int]
     ) -> None:
-        passage = Passage(
-            name, is_read_only(name, arguments), lambda: None, "exec-oob" in message
-        )
+        passage = Passage(name, is_read_only(name, arguments), lambda: None, "exec-oob" in message)
         self._waiting[passage] = fds
         passage.start = partial(self._send, client, message, name, passage)
         self._gate.enter(passage)

@@ -242,7 +242,7 @@ class Handover:
             self._went_round = asyncio.ensure_future(self._go_round())
 
     async def _go_round(self) -> None:
-        """Two answers: the first tells that QEMU's main loop runs, the second that it went round."""
+        """Two answers: QEMU's main loop runs again; it has gone round once."""
         for _ in range(2):
             await self.incumbent.monitor.relay({"execute": "query-status"})
 
@@ -429,4 +429,3 @@ def _seconds(event: Event) -> float:
 def _resumed(event: Event, future: asyncio.Future[float]) -> None:
     if not future.done():
         future.set_result(_seconds(event))
-

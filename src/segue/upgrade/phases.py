@@ -1,14 +1,14 @@
 """The phases of an upgrade: one table for the code, the journal, the events and the docs.
 
-    phase     guest               a fault ends with            limit
-    plan      runs                nothing touched              the target is probed, blockers told
-    prepare   runs                successor killed             it is started and compared
-    open      runs                successor killed             channel made, images written out
-    hold      runs, then paused   undo: incumbent resumes      nothing flows; migration begins
-    move      paused              undo: incumbent resumes      device state goes to the successor
-    commit    paused, then runs   undo if QEMU says no         journal, then `cont`
-    release   runs on successor   told, never undone           what was held flows again
-    retire    runs on successor   told, never undone           the incumbent is killed and reaped
+phase     guest               a fault ends with            limit
+plan      runs                nothing touched              the target is probed, blockers told
+prepare   runs                successor killed             it is started and compared
+open      runs                successor killed             channel made, images written out
+hold      runs, then paused   undo: incumbent resumes      nothing flows; migration begins
+move      paused              undo: incumbent resumes      device state goes to the successor
+commit    paused, then runs   undo if QEMU says no         journal, then `cont`
+release   runs on successor   told, never undone           what was held flows again
+retire    runs on successor   told, never undone           the incumbent is killed and reaped
 """
 
 from __future__ import annotations

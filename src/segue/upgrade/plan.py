@@ -122,6 +122,6 @@ async def _incumbent(incumbent: Instance) -> list[Blocker]:
     """What the running QEMU itself says against being migrated."""
     answer = await incumbent.monitor.execute("query-migrate")
     return [
-        Blocker("QEMU", reason, "remove what it names") for reason in answer.get("blocked-reasons", [])
+        Blocker("QEMU", reason, "remove what it names")
+        for reason in answer.get("blocked-reasons", [])
     ]
-

@@ -37,7 +37,9 @@ class Host(Protocol):
     journal: Journal
     gate: Gate
     receipts: deque[dict[str, Any]]
-    name: str
+
+    @property
+    def name(self) -> str: ...
 
     def spawn(self, lending: Lending) -> Instance: ...
     def serve(self, instance: Instance) -> None: ...
@@ -259,4 +261,3 @@ class Upgrader:
 
 def _side(binary: Binary, pid: int | None) -> Side:
     return Side(str(binary.path), binary.version_text, binary.build_id, pid)
-
