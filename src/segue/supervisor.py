@@ -31,6 +31,7 @@ from segue.qemu.binary import Binary, probe
 from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import Instance, start_time
 from segue.qemu.monitor import Event
+from segue.qemu.options import Params
 from segue.qmp.gate import Gate
 from segue.qmp.server import QmpServer
 from segue.service import Service
@@ -119,6 +120,8 @@ class Supervisor:
         self.server = QmpServer(Service(self).commands(), gate=self.gate)
         stack.callback(self.server.close)
         self.server.listen_unix(self.directory.qmp)
+        for chardev, pretty in self.machine.control:
+            self._serve_control(chardev.params, pretty)
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
         self.started = mapped.remember(self.binary.path, self.instance.pid)
@@ -254,6 +257,21 @@ class Supervisor:
             data |= {"logfile": shared["logfile"], "logappend": True}
         backend = {"type": "socket", "data": data}
         await monitor.execute("chardev-change", {"id": chardev, "backend": backend})
+
+    def _serve_control(self, params: Params, pretty: bool) -> None:
+        """A QMP socket that the user's command line asks for. Raises SegueError, as QEMU would."""
+        path = params.get("path")
+        try:
+            if path is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                self.server.listen_unix(Path(path))
+                return
+            host, port = params.get("host") or "", int(params.get("port") or 0)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self.server.adopt_listener(socket.create_server((host, port), family=family), pretty)
+        except (OSError, ValueError) as error:
+            raise SegueError(f"cannot listen for QMP at {path or params}: {error}") from None
 
     def _serve_console(self, stack: contextlib.ExitStack) -> None:
         """A socket for `segue console`, on the first serial device that is kept."""

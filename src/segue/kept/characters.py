@@ -41,6 +41,9 @@ class CharactersRule:
             if chardev.id in private:
                 draft.block(said, private[chardev.id], "unplug it, or start without it")
             elif chardev.id in control and not chardev.mux:
+                if chardev.backend != "socket" or not chardev.params.boolean("server", False):
+                    draft.block(said, "QMP is served on listening sockets only", "use server=on")
+                    continue
                 self.control.append((chardev, control[chardev.id]))
                 self._forget(draft, chardev)
             elif chardev.frontend in ("gdb", "qtest"):
