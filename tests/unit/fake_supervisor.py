@@ -33,7 +33,7 @@ def status(name: str, **changes: Any) -> dict[str, Any]:
     return {
         "name": name,
         "state": "running",
-        "qemu_version": "7.2.22",
+        "qemu_version": "7.2.22 (Debian 1:7.2+dfsg-7)",
         "machine_type": "pc-q35-7.2",
         "qemu_pid": pid,
         "qemu_start_time": start_time,

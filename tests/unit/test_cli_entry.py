@@ -194,11 +194,12 @@ def test_an_error_with_many_lines_is_told_in_few(
     assert capfd.readouterr().err == "segue: just this\n"
 
 
-def test_a_reader_that_went_away_gets_no_complaint() -> None:
+@pytest.mark.parametrize("words", ["ls --json", "--help", "--version", "run --help"])
+def test_a_reader_that_went_away_gets_no_complaint(words: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     ran = subprocess.run(
-        [sys.executable, "-m", "segue", "ls", "--json"], stdout=writing, stderr=subprocess.PIPE
+        [sys.executable, "-m", "segue", *words.split()], stdout=writing, stderr=subprocess.PIPE
     )
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (cli.BROKEN_PIPE, b"")

@@ -104,7 +104,7 @@ def test_ls_json_has_what_scripts_rely_on(
     assert {
         "name": "web",
         "state": "running",
-        "qemu_version": "7.2.22",
+        "qemu_version": "7.2.22 (Debian 1:7.2+dfsg-7)",
         "machine_type": "pc-q35-7.2",
         "qemu_pid": os.getpid(),
         "supervisor_pid": os.getpid(),

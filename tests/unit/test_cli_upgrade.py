@@ -72,7 +72,7 @@ def test_done(supervised: Supervised, capfd: Capture) -> None:
     out, err = capfd.readouterr()
     assert not err
     assert out.splitlines() == [
-        "web: QEMU 7.2.22 → 10.0.2, pid 10 → 11, blackout 4.6 ms, 1 objects kept",
+        "web: QEMU 7.2.22 → 10.0.2, pid 10 → 11, blackout 4.6 ms, 1 object kept",
         "  not kept: VNC viewers: they reconnect",
     ]
 

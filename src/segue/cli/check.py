@@ -50,11 +50,11 @@ def run(arguments: Namespace) -> int:
 
 
 def _show(name: str, plan: Mapping[str, Any]) -> None:
-    old, new = plan["from"], plan["to"]
+    old, new = output.version(plan["from"]["version"]), output.version(plan["to"]["version"])
     if plan["current"]:
-        print(f"{name}: already runs QEMU {new['version']} ({new['path']})")
+        print(f"{name}: already runs QEMU {new} ({plan['to']['path']})")
     else:
-        print(f"{name}: QEMU {old['version']} → {new['version']} ({new['path']})")
+        print(f"{name}: QEMU {old} → {new} ({plan['to']['path']})")
     for loss in plan["not_kept"]:
         print(f"  not kept: {output.one_line(loss['what'])}: {output.one_line(loss['why'])}")
     for note in plan["notes"]:

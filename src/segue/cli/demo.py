@@ -1,6 +1,6 @@
 """segue demo: a tiny guest that counts aloud, and its QEMU replaced three times meanwhile.
 
-Nothing that is shown is taken from Segue's own word: the demo is a client of the guest's serial
+What is said of the guest is not Segue's own word: the demo is a client of the guest's serial
 port, and judges what arrives there.
 """
 
@@ -10,6 +10,7 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from segue import machines
 from segue.cli import output, receipts
@@ -70,7 +71,7 @@ def run(arguments: Namespace) -> int:
 
     qemu = binary(arguments.qemu) if arguments.qemu else _installed_qemu()
     targets = [binary(target) for target in arguments.to or [qemu]]
-    with tempfile.TemporaryDirectory(prefix="segue-demo-") as folder:
+    with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="segue-demo-") as folder:
         # A place of its own: nothing is left behind, and no other machine can be in the way.
         os.environ["SEGUE_RUN_DIR"] = folder
         with _machine(qemu, Path(folder)) as serial:
@@ -99,24 +100,56 @@ def _machine(qemu: str, folder: Path) -> Iterator[Path]:
         *("-serial", f"unix:{serial},server=on,wait=off", "-kernel", os.fspath(image())),
     ]
     print(f"$ segue run --name {_NAME} --detach -- {shlex.join(command)}", flush=True)
-    segue = [sys.executable, "-m", "segue"]
+    # A session of its own: Ctrl-C is for us alone, who then wait until there is something to end.
+    starting = subprocess.Popen(
+        [sys.executable, "-m", "segue", "run", "--name", _NAME, "--detach", "--", *command],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        started = subprocess.run(
-            [*segue, "run", "--name", _NAME, "--detach", "--", *command],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        if started.returncode:
-            said = started.stderr.strip().splitlines() or ["segue: no reason was given"]
+        _, said = starting.communicate()
+        if starting.returncode:
+            what, *_ = said.strip().splitlines() or ["segue: no reason was given"]
             raise SegueError(
-                f"the demo's guest could not be started: {said[0].removeprefix('segue: ')}",
+                f"the demo's guest could not be started: {what.removeprefix('segue: ')}",
                 hint="try another QEMU: segue demo --qemu BIN",
             )
         yield serial
     finally:
-        _end()
+        with _uninterrupted():
+            starting.wait(_ENDING)
+            _end()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP clean up behind us, as Ctrl-C does."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Who presses Ctrl-C twice wants an end as well, but not one that leaves a guest behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _end() -> None:
@@ -144,7 +177,7 @@ def _perform(serial: Path, targets: Sequence[str]) -> None:
 
     started = machines.find(_NAME).report
     with Listener(serial) as listener:
-        _count(listener, f"QEMU {started['qemu_version']}, pid {started['qemu_pid']}")
+        _count(listener, _who(started["qemu_version"], started["qemu_pid"]))
         nonce = listener.witness.nonce
         print(f"  the guest drew {nonce} at boot", flush=True)
         longest = 0.0
@@ -161,7 +194,7 @@ def _perform(serial: Path, targets: Sequence[str]) -> None:
             print(receipts.sentence(receipt), flush=True)
             longest = max(longest, receipt["blackout_seconds"] or 0.0)
             now = receipts.side(receipt, "to")
-            _count(listener, f"QEMU {now['version']}, pid {now['pid']}")
+            _count(listener, _who(now["version"], now["pid"]))
             _judge(listener.witness, nonce)
         ticks = listener.witness.ticks
     print(
@@ -169,6 +202,10 @@ def _perform(serial: Path, targets: Sequence[str]) -> None:
         f"{nonce} still in its RAM, never stopped for more than {output.seconds(longest)}",
         flush=True,
     )
+
+
+def _who(version: str, pid: int) -> str:
+    return f"QEMU {output.version(version)}, pid {pid}"
 
 
 def _judge(witness: Witness, nonce: str | None) -> None:

@@ -49,8 +49,8 @@ def _row(receipt: receipts.Receipt) -> list[object]:
     return [
         output.moment(receipt.get("started")),
         receipt["result"],
-        receipts.side(receipt, "from")["version"],
-        receipts.side(receipt, "to")["version"],
+        output.version(receipts.side(receipt, "from")["version"]),
+        output.version(receipts.side(receipt, "to")["version"]),
         output.seconds(receipt["blackout_seconds"]),
         output.seconds(sum(receipt["phases"].values())),
         output.one_line((receipt.get("error") or {}).get("what", "")),

@@ -77,7 +77,7 @@ def _row(machine: Mapping[str, Any]) -> list[object]:
     return [
         machine["name"],
         machine["state"],
-        machine["qemu_version"] or "-",
+        output.version(machine["qemu_version"]),
         machine["machine_type"] or "-",
         machine["qemu_pid"] or "-",
         output.size(machine["ram_bytes"]),

@@ -81,6 +81,15 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
         print(f"{name.ljust(width)}  {value}")
 
 
+def version(text: object) -> str:
+    """A version without the packager's part: `10.0.2` of `10.0.2 (Debian 1:10.0.2+ds-2)`."""
+    return str(text).partition(" ")[0] if text else "-"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def size(count: object) -> str:
     """Bytes for a person: 512 MiB, 1.5 GiB."""
     if not isinstance(count, int):

@@ -56,14 +56,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        # Now, where it can still be dealt with that nobody reads the help.
+        sys.stdout.flush()
+        super().exit(status, message)
+
 
 class Version(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
 
-    def __call__(self, *_: object) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"segue {segue.__version__}")
-        raise SystemExit(0)
+        parser.exit()
 
 
 def build(names: Sequence[str] = COMMANDS) -> Parser:

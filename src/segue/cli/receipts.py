@@ -44,20 +44,19 @@ def sentence(receipt: Receipt) -> str:
     """One receipt in one line."""
     name = receipt["machine"]
     old, new = side(receipt, "from"), side(receipt, "to")
+    before, after = output.version(old["version"]), output.version(new["version"])
+    blackout = f"blackout {output.seconds(receipt['blackout_seconds'])}"
     match receipt["result"]:
-        case "done":
+        case results.DONE:
             return (
-                f"{name}: QEMU {old['version']} → {new['version']}, "
-                f"pid {old['pid']} → {new['pid']}, "
-                f"blackout {output.seconds(receipt['blackout_seconds'])}, "
-                f"{len(receipt['kept'])} objects kept"
+                f"{name}: QEMU {before} → {after}, pid {old['pid']} → {new['pid']}, "
+                f"{blackout}, {output.counted(len(receipt['kept']), 'object')} kept"
             )
-        case "current":
-            return f"{name}: already runs QEMU {new['version']}"
-        case "rehearsed":
+        case results.CURRENT:
+            return f"{name}: already runs QEMU {after}"
+        case results.REHEARSED:
             return (
-                f"{name}: QEMU {old['version']} → {new['version']} would work "
-                f"(rehearsed, blackout {output.seconds(receipt['blackout_seconds'])}); "
+                f"{name}: QEMU {before} → {after} would work (rehearsed, {blackout}); "
                 "the guest runs on where it was"
             )
         case result:
