@@ -8,6 +8,7 @@ a log there is one plain line for each phase that ended.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -22,6 +23,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._lively = output.is_lively(self._stream)
         self._open: str | None = None
+        self._began = 0.0
         self._broken = False
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -32,10 +34,12 @@ class Progress:
         phase, seconds = str(data.get("phase")), data.get("seconds")
         if data.get("state") == "begin":
             self.abandon()
-            self._open = phase
+            self._open, self._began = phase, time.monotonic()
             if self._lively:
                 self._write(f"  … {phase}")
         elif self._open == phase or self._open is None:
+            if seconds is None and self._open is not None:
+                seconds = time.monotonic() - self._began
             self._open = None
             self._end(phase, seconds)
 
@@ -50,13 +54,13 @@ class Progress:
         self._open = None
 
     def _end(self, phase: str, seconds: object) -> None:
-        time = output.seconds(seconds)
+        took = output.seconds(seconds)
         if not self._lively:
-            self._write(f"{self._machine}: {phase}: {time}\n")
+            self._write(f"{self._machine}: {phase}: {took}\n")
             return
         undone = phase == "undo"
         mark = output.bad("↩", self._stream) if undone else output.good("✓", self._stream)
-        self._write(f"\r  {mark} {phase:<8} {time:>10}\n")
+        self._write(f"\r  {mark} {phase:<8} {took:>10}\n")
 
     def _write(self, text: str) -> None:
         # Whoever has closed stderr shall not end an upgrade, nor miss its receipt.

@@ -321,6 +321,7 @@ class Handover:
     async def _retire(self) -> None:
         assert self.successor is not None
         await self.incumbent.kill()
+        self.incumbent.close()
         for kept in self.surroundings.kept:
             kept.drop(self.incumbent.number)
         for kept in self.surroundings.kept:
@@ -390,6 +391,7 @@ class Handover:
         self._tell({"phase": "undo", "state": "begin"})
         if self.successor is not None:
             await self.successor.kill()
+            self.successor.close()
         self.surroundings.journal.write("undo", self.incumbent, self.successor)
         if not self.incumbent.running:
             raise GuestLost(
