@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
 
 # In the order of --help. Each is a module of this package.
-COMMANDS = ("run", "ls", "show", "check", "upgrade", "history", "console", "stop", "demo")
+COMMANDS = (
+    "run",
+    "ls",
+    "show",
+    "check",
+    "upgrade",
+    "history",
+    "console",
+    "stop",
+    "demo",
+    "completion",
+)
 
 _DESCRIPTION = """\
 Replace QEMU under a running guest: its memory stays where it is, and its
