@@ -179,18 +179,6 @@ def test_successor_starts_badly(survivor: Survivor, place: Path, how: str) -> No
         assert "no luck" in receipt["error"]["what"]
 
 
-def test_loading_breaks(survivor: Survivor, place: Path) -> None:
-    """A rehearsal finds what only shows when the state is loaded."""
-    incumbent = survivor.machine.qemu_pid
-    # The same devices, but one that expects another state: the RTC's property is no part of the
-    # comparison, and its section of the state does not fit.
-    text = 'case "$*" in *defer*) set -- "$@" -global {0};; esac; exec {1} "$@"'
-    to = script(place, text.format("ICH9-LPC.x-smi-broadcast=off", qemu("10.0")))
-    receipt = survivor.begin(None, to, rehearse=True).result(60)
-    survivor.check(receipt, "failed", incumbent)
-    assert "move" in receipt["phases"]
-
-
 UNFIT: dict[str, Callable[[Path], str]] = {
     "is missing": lambda place: str(place / "nothing"),
     "is a directory": str,
@@ -236,8 +224,8 @@ def test_client_of_the_upgrade_vanishes(survivor: Survivor, phase: str) -> None:
 def test_a_second_upgrade_is_refused(survivor: Survivor, phase: str) -> None:
     going = survivor.begin(phase)
     done = survivor.segue("upgrade", "survivor", "--json")
-    assert done.returncode == 5, done
     survivor.go_on()
+    assert done.returncode == 5, done
     assert going.result(60)["result"] == "done"
     survivor.well()
 
@@ -269,11 +257,11 @@ def test_guest_panics_meanwhile(survivor: Survivor, phase: str) -> None:
     )
     survivor.go_on()
     receipt = going.result(60)
-    assert receipt["result"] == "failed", receipt
-    assert "panicked" in receipt["error"]["what"]
-    assert survivor.qemus() == [incumbent]
     survivor.qmp.command("system_reset")
     survivor.qmp.command("cont")
+    assert receipt["result"] in ("failed", "refused"), receipt
+    assert "panicked" in receipt["error"]["what"]
+    assert survivor.qemus() == [incumbent]
     survivor.console.close()
     survivor.console = watch(survivor.machine, survivor.place)
 

@@ -101,3 +101,28 @@ def test_no_reboot_ends_the_machine(segue: Segue, place: Path) -> None:
     guest.handed_over("--to", qemu("10.0"))
     console.send(b"r")
     assert guest.wait() == 0
+
+
+def arm(place: Path, release: str) -> list[str]:
+    guest = Path(__file__).parents[1] / "guests/aarch64/guest.bin"
+    return [
+        qemu(release, "aarch64"),
+        *("-M", "virt-7.2", "-cpu", "cortex-a57", "-m", "64", "-nodefaults", "-display", "none"),
+        *("-kernel", str(guest), "-serial", f"unix:{place}/console,server=on,wait=off"),
+    ]
+
+
+def test_aarch64_and_a_state_that_does_not_load(segue: Segue, place: Path) -> None:
+    """Across these releases TCG's CPU section does not load: a rehearsal must find that out."""
+    guest = segue.start("guest", arm(place, "7.2"))
+    console = watch(guest, place)
+    before = guest.qemu_pid
+    for arguments in (["--rehearse"], []):
+        receipt = guest.upgrade("--to", qemu("10.0", "aarch64"), *arguments, status=1)
+        assert receipt["result"] == "failed"
+        assert "move" in receipt["phases"]
+        assert receipt["guest"] == "running on the incumbent"
+        assert guest.qemu_pid == before
+        unharmed(console)
+    guest.handed_over("--force")
+    unharmed(console)

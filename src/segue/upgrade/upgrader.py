@@ -19,7 +19,7 @@ from segue.qemu.instance import Instance
 from segue.qmp.gate import Gate
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
-from segue.upgrade.handover import ON_INCUMBENT, Handover, Surroundings
+from segue.upgrade.handover import Handover, Surroundings
 from segue.upgrade.journal import Journal
 from segue.upgrade.phases import PLAN
 from segue.upgrade.plan import Plan
@@ -84,22 +84,23 @@ class Upgrader:
         breaks: Collection[str] = (),
         limits: Mapping[str, float] | None = None,
     ) -> Receipt:
-        """Carry out one upgrade. It goes on whatever becomes of the caller.
+        """Carry out one upgrade; a second one meanwhile is refused. It outlives its caller.
 
         `breaks` and `limits` are for tests (see breakpoints.py).
-
-        Raises Refused if another one is under way.
         """
-        if self._task is not None:
-            raise Refused(
-                "an upgrade of this machine is already under way",
-                hint="wait for its end; `segue history` shows it then",
-                guest=ON_INCUMBENT,
-            )
         host = self._host
         receipt = Receipt(
             machine=host.name, started=time.time(), source=_side(host.binary, host.instance.pid)
         )
+        if self._task is not None:
+            receipt.failed(
+                Refused(
+                    "an upgrade of this machine is already under way",
+                    hint="wait for its end; `segue history` shows it then",
+                    guest="in the hands of the other upgrade",
+                )
+            )
+            return receipt
         self.breakpoints = Breakpoints(breaks, progress)
         self._limits = limits or {}
         limbo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
