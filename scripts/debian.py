@@ -58,9 +58,8 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-def main(name: str, work: object) -> None:
+def main(name: str, work: Callable[[], None]) -> None:
     """Runs `work()`; what it cannot do is told in two lines at most."""
-    assert callable(work)
     try:
         work()
     except Failed as failed:
