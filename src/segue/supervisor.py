@@ -70,6 +70,7 @@ class Supervisor:
         self.started: mapped.Started | None = None
         self.upgrader = Upgrader(self)
         self._exit_status: int | None = None
+        self._starting: asyncio.Task[Any] | None = None
         self._suppressed: frozenset[str] = frozenset()
         self._ended: asyncio.Future[int]
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,11 +82,17 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
+        self._starting = asyncio.current_task()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._signalled, number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             with contextlib.ExitStack() as stack:
-                await self._start(stack)
-                for number in _SIGNALS:
-                    loop.add_signal_handler(number, self._signalled, number)
+                try:
+                    await self._start(stack)
+                except asyncio.CancelledError:
+                    return self._exit_status or 1
+                self._starting = None
                 ready()
                 status = await self._ended
                 await self.upgrader.finished()
@@ -327,6 +334,10 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         """As QEMU: these end the machine, but never in the middle of an upgrade."""
+        if self._starting is not None:
+            self._exit_status = 128 + number
+            self._starting.cancel()
+            return
         self._later(self._pass_on(number))
 
     async def _pass_on(self, number: int) -> None:
@@ -370,6 +381,8 @@ def run(name: str | None, argv: list[str], *, detach: bool) -> int:
 
 
 def _supervise(name: str | None, line: CommandLine, *, detached: bool, ready: Any) -> int:
+    # Until the loop can handle them: what is made from here on must not be left behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     directory = MachineDirectory.create(name or default_name(line.argv()))
     supervisor = Supervisor(directory, line, detached=detached)
     return asyncio.run(supervisor.run(ready))
@@ -384,9 +397,15 @@ def _detached(name: str | None, line: CommandLine) -> int:
     pid = os.fork()
     if pid:
         os.close(write_end)
-        with os.fdopen(read_end, "rb") as pipe:
-            if pipe.read(1):
-                return 0
+        try:
+            with os.fdopen(read_end, "rb") as pipe:
+                if pipe.read(1):
+                    return 0
+        except KeyboardInterrupt:
+            # The child has a session of its own: a Ctrl-C does not reach it.
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+            raise
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(read_end)
     os.setsid()

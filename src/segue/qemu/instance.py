@@ -77,7 +77,13 @@ class Instance:
         QEMU what it means. It inherits a duplicate of our end of the monitor too, so that the
         connection outlives a supervisor that is killed.
         """
-        ours, theirs = socket.socketpair()
+        read_end, write_end = os.pipe()
+        try:
+            ours, theirs = socket.socketpair()
+        except BaseException:
+            os.close(read_end)
+            os.close(write_end)
+            raise
         full = [
             *argv,
             "-chardev",
@@ -85,7 +91,6 @@ class Instance:
             "-qmp",
             f"chardev:{MONITOR_ID}",
         ]
-        read_end, write_end = os.pipe()
         try:
             process = subprocess.Popen(
                 full,

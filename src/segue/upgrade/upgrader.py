@@ -210,7 +210,12 @@ class Upgrader:
         host = self._host
 
         def spawn() -> Instance:
-            instance = host.spawn(lending)
+            try:
+                instance = host.spawn(lending)
+            except BaseException:
+                for kept in host.machine.kept:
+                    kept.drop(lending.number)
+                raise
             assert receipt.target is not None
             receipt.target.pid = instance.pid
             return instance
