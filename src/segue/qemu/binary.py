@@ -269,7 +269,11 @@ async def _find_in(path: str, wanted: tuple[bytes, ...]) -> set[bytes]:
 async def _answering(path: Path, limit: float) -> AsyncIterator[tuple[Monitor, MainObject]]:
     """A QEMU without a machine whose monitor has answered; it is gone when the block is left."""
     words = _LastWords()
-    ours, theirs = socket.socketpair()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as error:
+        words.close()
+        raise Refused(f"{path} cannot be run: {error.strerror}") from None
     hint = f"what is there must behave as qemu-system-* does; try: {path} --version"
     try:
         with ours, theirs, words:
@@ -317,6 +321,9 @@ class _LastWords:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._text = os.read(self._read, 4096)
         os.close(self._read)
