@@ -88,7 +88,7 @@ def _binary(machine: Description, running: Binary, target: Binary) -> list[Block
         blockers += [
             Blocker(
                 f"-device {option.value}",
-                f"QEMU {running.version_text} loses an interrupt of a disk in an iothread in 1 to 2 "
+                f"QEMU {running.version_text} loses an interrupt of a disk in an iothread in 1-2 "
                 "of 100 stops, and its I/O would stall for good",
                 "start without iothread=",
             )
