@@ -7,7 +7,7 @@ shows each command and event as QAPI's introspection does.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Command:
 
 # What the supervisor emits besides the instance's own events.
 EVENTS: Mapping[str, Members] = {
-    "SEGUE_UPGRADE": {},
+    "SEGUE_UPGRADE": {"phase": (str, True), "state": (str, True), "seconds": (float, False)},
 }
 
 
@@ -90,7 +90,7 @@ def error_of(failure: SegueError) -> dict[str, Any]:
 
 
 def schema(
-    commands: Iterable[Command], events: Mapping[str, Members], known: set[str]
+    commands: Mapping[str, Members], events: Mapping[str, Members], known: set[str]
 ) -> list[dict[str, Any]]:
     """Entries for query-qmp-schema, with the types that they need and `known` has not.
 
@@ -112,12 +112,12 @@ def schema(
         }
         return name
 
-    for command in commands:
+    for name, members in commands.items():
         entries["any"] = {"name": "any", "meta-type": "builtin", "json-type": "value"}
-        entries[command.name] = {
-            "name": command.name,
+        entries[name] = {
+            "name": name,
             "meta-type": "command",
-            "arg-type": members_type(f"{command.name}-arguments", command.arguments),
+            "arg-type": members_type(f"{name}-arguments", members),
             "ret-type": "any",
         }
     for name, members in events.items():

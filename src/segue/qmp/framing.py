@@ -2,10 +2,10 @@
 
 QMP has no framing: messages follow each other with or without a newline, and are as long as their
 brackets say (qemu.qmp sends no newline, libvirt sends CR LF). What is accepted, when an error is
-told, its text, and where reading goes on after garbage are those of QEMU 7.2 to 11.1
-(qobject/json-lexer.c, json-streamer.c, json-parser.c), found by talking to it: a client cannot
-tell the two apart, as tests/qemu/test_qmp_errors.py shows. That is why `raw_decode` in a loop
-would not do: it cannot tell a broken message from half a message before all of it is there.
+told, and where reading goes on after garbage is as in QEMU 7.2 to 11.1, found by talking to them
+(tests/qemu/test_qmp_errors.py); the errors' words are those of 7.2 and 10.0 (11.1 has others for
+broken JSON). That is why `raw_decode` in a loop would not do: it cannot tell a broken message
+from half a message before all of it is there.
 
 Two speeds. A regular expression finds the end of a message and `json` decodes it in C. Only where
 `json` refuses, or is laxer than QEMU, does a parser of our own (jsontext.py) say what QEMU

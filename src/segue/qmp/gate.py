@@ -49,7 +49,9 @@ class Gate:
         self._state = GateState.OPEN
         self._waiting: deque[Passage] = deque()
         self._inside: set[Passage] = set()
-        self._emptied: asyncio.Future[None] | None = None
+        # Called after each change of state.
+        self.on_change: list[Callable[[], None]] = []
+        self._moved = asyncio.Event()
 
     @property
     def state(self) -> GateState:
@@ -77,8 +79,8 @@ class Gate:
         try:
             async with asyncio.timeout(timeout):
                 while not self._quiet():
-                    self._emptied = asyncio.get_running_loop().create_future()
-                    await self._emptied
+                    self._moved.clear()
+                    await self._moved.wait()
         except TimeoutError:
             names = ", ".join(self.in_flight)
             raise TimedOut(
@@ -98,10 +100,7 @@ class Gate:
         self._inside.discard(passage)
         if self._waiting:
             self._pump()
-        if self._emptied is not None and self._quiet():
-            if not self._emptied.done():
-                self._emptied.set_result(None)
-            self._emptied = None
+        self._moved.set()
 
     def forget(self, passage: Passage) -> bool:
         """Take back one that still waits; False if it has gone."""
@@ -114,6 +113,9 @@ class Gate:
     def _change(self, state: GateState) -> None:
         self._state = state
         self._pump()
+        self._moved.set()
+        for callback in self.on_change:
+            callback()
 
     def _quiet(self) -> bool:
         if self._state is GateState.READ_ONLY:
@@ -165,9 +167,5 @@ def is_read_only(command: str, arguments: Any) -> bool:
     if command == "human-monitor-command":
         line = arguments.get("command-line") if isinstance(arguments, dict) else None
         # One line is one command to QEMU: nothing after it can start another.
-        return (
-            isinstance(line, str)
-            and line.split(maxsplit=1)[:1] != []
-            and (line.split(maxsplit=1)[0] in _READ_ONLY_HMP)
-        )
+        return isinstance(line, str) and bool(_READ_ONLY_HMP.intersection(line.split()[:1]))
     return command in _READ_ONLY or command.startswith(_READ_ONLY_PREFIXES)

@@ -164,7 +164,7 @@ def _scalar(token: bytes) -> Any:
         return _string(token)
     if token in _KEYWORDS:
         return _KEYWORDS[token]
-    if token.islower():
+    if token.isalpha():
         raise JsonError(f"JSON parse error, invalid keyword '{token.decode()}'")
     if token in b"{}[],:":
         raise JsonError("JSON parse error, expecting value")

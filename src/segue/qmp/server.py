@@ -1,251 +1,351 @@
-"""The QMP server of a machine: what clients talk to instead of QEMU's own.
+"""The QMP server: any number of clients, one instance behind it at a time.
 
-It answers Segue's commands itself and relays the rest to the instance of the moment, through the
-gate. Any number of clients; each one's commands are answered in their order, one at a time.
+To a client this is QEMU's own monitor: greeting, negotiation, order of answers, errors and their
+texts (tests/qemu/test_qmp_errors.py compares). What QEMU knows is relayed to it through the gate;
+`segue-*` commands are answered here. The instance behind may be replaced at any time
+(`server.upstream = other`): clients stay connected, and what waits at the gate goes to the new one.
+
+    client ── Framer ── Client ── QmpServer.dispatch ──┬── Gate ── Upstream.relay ── QEMU
+                                                       └── a Command's handler
+
+A relayed command costs no task, and its answer one parse and one print; an event is printed once
+for all clients.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import logging
 import socket
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from segue.errors import MonitorClosed, SegueError
-from segue.qmp.client import Client, encode
+from segue.qmp.client import Client, ClientState, Request, serialise
 from segue.qmp.commands import (
     EVENTS,
     BadArguments,
     Command,
+    Handler,
+    Members,
     check_arguments,
     error,
     error_of,
     schema,
 )
-from segue.qmp.framing import Parsed
-from segue.qmp.gate import Gate, Passage, is_read_only
+from segue.qmp.gate import Gate, GateState, Passage, is_read_only
+from segue.qmp.listener import Listener, bind_unix
 
-__all__ = ["Client", "Command", "QmpServer"]
+__all__ = ["Client", "ClientState", "Command", "Listener", "QmpServer", "Upstream"]
 
-_MEMBERS = ("execute", "exec-oob", "arguments", "id")
+Reply = dict[str, Any]
+Event = dict[str, Any]
+
+MAX_CLIENTS = 256
+# What is longer is not parsed while the guest may be paused: it would take a millisecond or more.
+_SHORT = 64 << 10
 
 
 class Upstream(Protocol):
-    """The instance that relayed commands go to."""
+    """What commands are relayed to: `segue.qemu.monitor.Monitor`, or a test's fake."""
 
     greeting: dict[str, Any]
 
-    def relay(
-        self, message: dict[str, Any], fds: list[int] = ...
-    ) -> asyncio.Future[dict[str, Any]]: ...
+    def relay(self, message: dict[str, Any], fds: list[int]) -> asyncio.Future[Reply]:
+        """Send `execute` or `exec-oob` with `arguments`; no id. The reply has no id either.
+
+        The descriptors stay the caller's, and open until the future is done. The future raises
+        MonitorClosed if the instance ended before it answered.
+        """
+        ...
 
 
 class QmpServer:
-    """`upstream` may be replaced at any time; commands that wait at the gate go to the new one."""
+    """Serves the commands given, and relays all others to `upstream` through `gate`."""
 
-    def __init__(self, commands: Mapping[str, Command], gate: Gate) -> None:
-        self.upstream: Upstream | None = None
+    def __init__(
+        self,
+        commands: Mapping[str, Command],
+        gate: Gate | None = None,
+        log: logging.Logger | None = None,
+        events: Mapping[str, Members] = EVENTS,
+    ) -> None:
+        self.gate = gate or Gate()
+        self.log = log or logging.getLogger("segue.qmp")
+        # Commands of QEMU's that the supervisor answers itself (`quit`), by name.
+        self.intercept: dict[str, Handler] = {}
+        # Whether an instance's event is kept from the clients.
+        self.suppress: Callable[[Event], bool] = lambda event: False
+        self.listeners: list[Listener] = []
+        self.clients: set[Client] = set()
         self._commands = commands
-        self._gate = gate
-        self._clients: set[Client] = set()
-        self._listeners: list[socket.socket] = []
-        self._paths: list[Path] = []
+        self._events = events
+        self._upstream: Upstream | None = None
+        self._greetings: dict[bool, bytes] = {}
+        self._count = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting: dict[Passage, list[int]] = {}
+        self._paths: list[Path] = []
+        self._edits: Mapping[str, Callable[[Reply], Reply]] = {
+            "query-commands": self._edit_commands,
+            "query-qmp-schema": self._edit_schema,
+            "query-events": self._events_of_schema,
+        }
+        self.gate.on_change.append(self._resume)
 
-    def listen_unix(self, path: Path) -> None:
-        """Serve on a new Unix socket that is for its owner alone."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        os.chmod(path, 0o600)
-        listener.listen(128)
+    # Connections
+
+    def listen_unix(self, path: Path, mode: int = 0o600, pretty: bool = False) -> Listener:
+        """Listen at `path`, which `close()` removes. Raises UsageError (too long, in use)."""
+        sock = bind_unix(path, mode)
         self._paths.append(path)
-        self.adopt_listener(listener)
+        return self.adopt_listener(sock, pretty)
 
-    def adopt_listener(self, listener: socket.socket, pretty: bool = False) -> None:
-        listener.setblocking(False)
-        self._listeners.append(listener)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(listener.fileno(), self._accept, listener, pretty)
+    def adopt_listener(self, sock: socket.socket, pretty: bool = False) -> Listener:
+        """Serve whoever connects to this listening socket, which is the server's from here on."""
+        listener = Listener(self, sock, pretty)
+        self.listeners.append(listener)
+        return listener
 
-    def adopt(self, sock: socket.socket, pretty: bool = False) -> Client:
-        """Serve a connection; it is greeted now."""
-        client = Client(sock, self._request, self._clients.discard, pretty)
-        self._clients.add(client)
-        client.send(self._greeting())
+    def adopt(
+        self, sock: socket.socket, pretty: bool = False, state: ClientState | None = None
+    ) -> Client | None:
+        """Serve a connection, which is the server's from here on; None if there are too many.
+
+        `state` is what `Client.state()` gave in the process that served it before.
+        """
+        if len(self.clients) >= MAX_CLIENTS:
+            self.log.warning("a QMP client was turned away: there are %d", len(self.clients))
+            sock.close()
+            return None
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._count += 1
+        client = Client(self, sock, self._count, state.pretty if state else pretty)
+        self.clients.add(client)
+        self.log.info("%s connected", client)
+        client.start(state)
         return client
 
-    def event(self, name: str, data: dict[str, Any]) -> None:
-        """Tell every client of an event of Segue's own, now."""
-        now = time.time()
-        stamp = {"seconds": int(now), "microseconds": int(now % 1 * 1e6)}
-        self.emit({"timestamp": stamp, "event": name, "data": data})
-
-    def emit(self, event: dict[str, Any]) -> None:
-        """Tell every client that has negotiated; encoded once for all of them."""
-        data = encode(event)
-        for client in tuple(self._clients):
-            if client.negotiated:
-                client.send_bytes(encode(event, True) if client.pretty else data)
+    def gone(self, client: Client, why: str) -> None:
+        """A client has been closed. What it asked for and has not been started is forgotten."""
+        self.clients.discard(client)
+        for passage, request in tuple(client.passages.items()):
+            if self.gate.forget(passage):
+                del client.passages[passage]
+                request.close_fds()
+        self.log.info("%s is gone: %s", client, why)
 
     def close(self) -> None:
-        loop = asyncio.get_running_loop()
-        for listener in self._listeners:
-            loop.remove_reader(listener.fileno())
-            listener.close()
-        for path in self._paths:
-            path.unlink(missing_ok=True)
-        for client in tuple(self._clients):
-            client.close()
-        for fds in self._waiting.values():
-            _close_all(fds)
+        """Close every connection and listening socket; handlers under way are cancelled."""
         for task in self._tasks:
             task.cancel()
+        for listener in self.listeners:
+            listener.close()
+        self.listeners.clear()
+        for client in tuple(self.clients):
+            client.close("the server is closing")
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._paths.clear()
+        with contextlib.suppress(ValueError):
+            self.gate.on_change.remove(self._resume)
 
-    def _accept(self, listener: socket.socket, pretty: bool) -> None:
-        with contextlib.suppress(OSError):
-            self.adopt(listener.accept()[0], pretty)
+    # The instance
 
-    def _greeting(self) -> dict[str, Any]:
-        return dict(self.upstream.greeting) if self.upstream else {}
+    @property
+    def upstream(self) -> Upstream | None:
+        """Whom commands are relayed to. Clients are greeted once there is one."""
+        return self._upstream
 
-    def _request(self, client: Client, parsed: Parsed, fds: list[int]) -> None:
-        message = parsed.value
-        if parsed.error is not None:
-            _close_all(fds)
-            client.send(error(parsed.error))
-            if parsed.fatal:
-                client.close()
-            else:
-                client.done()
-            return
-        if (wrong := _malformed(message)) is not None:
-            _close_all(fds)
-            self._answer(client, message, error(wrong))
-            return
-        name = message.get("execute", message.get("exec-oob"))
-        arguments = message.get("arguments", {})
-        if not client.negotiated or name == "qmp_capabilities":
-            _close_all(fds)
-            self._answer(client, message, self._negotiate(client, name, arguments))
-        elif name in self._commands:
-            _close_all(fds)
-            self._start(self._own(client, message, self._commands[name], arguments))
-        else:
-            self._relay(client, message, name, arguments, fds)
+    @upstream.setter
+    def upstream(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._greetings = {pretty: serialise(upstream.greeting, pretty) for pretty in (False, True)}
+        for client in tuple(self.clients):
+            client.greet()
 
-    def _answer(self, client: Client, message: Any, reply: dict[str, Any]) -> None:
-        if isinstance(message, dict) and "id" in message:
-            reply = {**reply, "id": message["id"]}
-        client.send(reply)
-        if not (isinstance(message, dict) and "exec-oob" in message):
-            client.done()
+    def greeting(self, pretty: bool) -> bytes | None:
+        return self._greetings.get(pretty)
 
-    def _negotiate(self, client: Client, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        if client.negotiated:
-            return error(
-                "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
-            )
-        if name != "qmp_capabilities":
-            return error(
-                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
-            )
-        wanted = arguments.get("enable", [])
-        offered = self._greeting().get("QMP", {}).get("capabilities", [])
-        if missing := [c for c in wanted if c not in offered]:
-            return error(f"Capability '{missing[0]}' is not available")
-        client.out_of_band = "oob" in wanted
-        client.negotiated = True
-        return {"return": {}}
+    def on_upstream_event(self, event: Event) -> None:
+        """Pass an instance's event on, unless `suppress` says not to."""
+        if not self.suppress(event):
+            self.emit(event)
 
-    async def _own(
-        self, client: Client, message: dict[str, Any], command: Command, arguments: dict[str, Any]
-    ) -> None:
+    def event(self, name: str, data: Mapping[str, Any] | None = None) -> None:
+        """Emit an event of our own, with the time of now."""
+        now = time.time_ns() // 1000
+        timestamp = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
+        event: Event = {"timestamp": timestamp, "event": name}
+        self.emit(event if data is None else event | {"data": dict(data)})
+
+    def emit(self, event: Event) -> None:
+        """Send an event to every client that has negotiated."""
+        printed: dict[bool, bytes] = {}
+        for client in tuple(self.clients):
+            if client.negotiated:
+                if client.pretty not in printed:
+                    printed[client.pretty] = serialise(event, client.pretty)
+                client.send_event(printed[client.pretty])
+
+    # Requests
+
+    def defers(self, size: int) -> bool:
+        """Whether input of this size is to be left alone for now, for the guest's sake."""
+        return size > _SHORT and self.gate.state is GateState.CLOSED
+
+    def _resume(self) -> None:
+        """Look at what was deferred."""
+        for client in tuple(self.clients):
+            client.advance()
+
+    def dispatch(self, client: Client, request: Request) -> None:
+        """Have one message carried out: `client.answer` is called once, perhaps at once."""
+        message = request.parsed.value
         try:
-            check_arguments(command.arguments, arguments)
-            reply = {"return": await command.handler(arguments, client)}
-        except BadArguments as wrong:
-            reply = error(str(wrong))
-        except SegueError as failure:
-            reply = error_of(failure)
-        except OSError as failure:
-            reply = error(f"{failure.strerror or failure}")
-        self._answer(client, message, reply)
+            name, out_of_band = _command_of(message, client.oob)
+            arguments = message.get("arguments", {})
+            own = self._commands.get(name) if client.negotiated else None
+            if out_of_band and (own or name in ("query-events", "qmp_capabilities")):
+                raise BadArguments(f"The command {name} does not support OOB")
+            if name == "qmp_capabilities" or not client.negotiated:
+                client.answer(request, _negotiate(client, name, arguments))
+                return
+            if own or name == "query-events":
+                check_arguments(own.arguments if own else {}, arguments)
+        except BadArguments as failure:
+            client.answer(request, error(str(failure)))
+            return
+        handler = own.handler if own else None if out_of_band else self.intercept.get(name)
+        if handler is not None:
+            task = asyncio.create_task(self._handle(client, request, name, handler, arguments))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif name == "query-events":
+            # QEMU has it no more since 6.0, but its schema says the same.
+            self._relay(client, request, name, {"execute": "query-qmp-schema"})
+        else:
+            bare = {key: value for key, value in message.items() if key != "id"}
+            self._relay(client, request, name, bare)
 
-    def _relay(
-        self, client: Client, message: dict[str, Any], name: str, arguments: Any, fds: list[int]
-    ) -> None:
-        passage = Passage(name, is_read_only(name, arguments), lambda: None, "exec-oob" in message)
-        self._waiting[passage] = fds
-        passage.start = partial(self._send, client, message, name, passage)
-        self._gate.enter(passage)
-
-    def _send(self, client: Client, message: dict[str, Any], name: str, passage: Passage) -> None:
-        fds = self._waiting.pop(passage)
-        assert self.upstream is not None
-        bare = {key: value for key, value in message.items() if key != "id"}
-        answer = self.upstream.relay(bare, fds)
-        answer.add_done_callback(partial(self._answered, client, message, name, passage, fds))
-
-    def _answered(
+    async def _handle(
         self,
         client: Client,
-        message: dict[str, Any],
+        request: Request,
         name: str,
-        passage: Passage,
-        fds: list[int],
-        answer: asyncio.Future[dict[str, Any]],
+        handler: Handler,
+        arguments: dict[str, Any],
     ) -> None:
-        _close_all(fds)
-        self._gate.leave(passage)
-        if answer.cancelled() or isinstance(answer.exception(), MonitorClosed):
-            reply = error("QEMU ended: it is not known whether the command was carried out")
-        else:
-            reply = self._with_ours(name, answer.result())
-        self._answer(client, message, reply)
+        reply: Reply
+        try:
+            reply = {"return": await handler(arguments, client)}
+        except SegueError as failure:
+            reply = error_of(failure)
+        except Exception as failure:
+            self.log.exception("%s failed", name)
+            reply = error(f"{name} failed: {failure!r} (see the supervisor's log)")
+        client.answer(request, reply)
 
-    def _with_ours(self, name: str, reply: dict[str, Any]) -> dict[str, Any]:
-        """QEMU's lists of what there is, with Segue's own."""
-        if "return" not in reply:
-            return reply
-        if name == "query-commands":
-            reply["return"] += [{"name": command} for command in self._commands]
-        elif name == "query-qmp-schema":
-            known = {entry["name"] for entry in reply["return"]}
-            reply["return"] += schema(self._commands.values(), EVENTS, known)
+    def _relay(self, client: Client, request: Request, name: str, message: dict[str, Any]) -> None:
+        def start() -> None:
+            assert self._upstream is not None, "nobody is greeted before there is one"
+            self._upstream.relay(message, request.fds).add_done_callback(done)
+
+        def done(future: asyncio.Future[Reply]) -> None:
+            del client.passages[passage]
+            reply = _outcome(future, name)
+            edit = self._edits.get(name)
+            if edit is not None and "return" in reply:
+                reply = edit(reply)
+            try:
+                client.answer(request, reply)
+            finally:
+                # After the answer, so that those who wait are served before its next command.
+                self.gate.leave(passage)
+
+        read_only = is_read_only(name, message.get("arguments"))
+        passage = Passage(name, read_only, start, "exec-oob" in message)
+        client.passages[passage] = request
+        self.gate.enter(passage)
+
+    # What QEMU says of itself, and what we add
+
+    def _own(self) -> dict[str, Members]:
+        return {"query-events": {}} | {c.name: c.arguments for c in self._commands.values()}
+
+    def _edit_commands(self, reply: Reply) -> Reply:
+        known = {command["name"] for command in reply["return"]}
+        reply["return"] += [{"name": name} for name in self._own() if name not in known]
         return reply
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _edit_schema(self, reply: Reply) -> Reply:
+        known = {entry["name"] for entry in reply["return"]}
+        reply["return"] += schema(self._own(), self._events, known)
+        return reply
+
+    def _events_of_schema(self, reply: Reply) -> Reply:
+        theirs = [entry["name"] for entry in reply["return"] if entry["meta-type"] == "event"]
+        return {"return": [{"name": name} for name in (*theirs, *self._events)]}
 
 
-def _malformed(message: Any) -> str | None:
-    """QEMU's words for what is no command (qapi/qmp-dispatch.c, QEMU 7.2)."""
+def _command_of(message: Any, oob_enabled: bool) -> tuple[str, bool]:
+    """The command's name, and whether it is out-of-band. Raises BadArguments as QEMU would."""
     if not isinstance(message, dict):
-        return "QMP input must be a JSON object"
-    for key in message:
-        if key not in _MEMBERS:
-            return f"QMP input member '{key}' is unexpected"
-    for key in ("execute", "exec-oob"):
-        if key in message and not isinstance(message[key], str):
-            return f"QMP input member '{key}' must be a string"
-    if "execute" in message and "exec-oob" in message:
-        return "QMP input member 'exec-oob' clashes with 'execute'"
-    if "execute" not in message and "exec-oob" not in message:
-        return "QMP input lacks member 'execute'"
-    if not isinstance(message.get("arguments", {}), dict):
-        return "QMP input member 'arguments' must be an object"
-    return None
+        raise BadArguments("QMP input must be a JSON object")
+    found: str | None = None
+    for member, value in message.items():
+        if member == "execute" or (member == "exec-oob" and oob_enabled):
+            if not isinstance(value, str):
+                raise BadArguments(f"QMP input member '{member}' must be a string")
+            if found is not None:
+                # Whichever came first: QEMU looks at them in the order of its hash table.
+                raise BadArguments("QMP input member 'execute' clashes with 'exec-oob'")
+            found = member
+        elif member == "arguments":
+            if not isinstance(value, dict):
+                raise BadArguments("QMP input member 'arguments' must be an object")
+        elif member != "id":
+            raise BadArguments(f"QMP input member '{member}' is unexpected")
+    if found is None:
+        raise BadArguments("QMP input lacks member 'execute'")
+    return message[found], found == "exec-oob"
 
 
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-    fds.clear()
+def _negotiate(client: Client, name: str, arguments: dict[str, Any]) -> Reply:
+    """`qmp_capabilities`, or whatever came in its place. Raises BadArguments."""
+    if name != "qmp_capabilities":
+        return error(
+            "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+        )
+    enable = arguments.get("enable", [])
+    if not isinstance(enable, list):
+        raise BadArguments("Invalid parameter type for 'enable', expected: array")
+    for index, capability in enumerate(enable):
+        if not isinstance(capability, str):
+            raise BadArguments(f"Invalid parameter type for 'enable[{index}]', expected: string")
+        if capability != "oob":
+            # QEMU's own words: it has no name for an element here.
+            raise BadArguments(f"Parameter 'null' does not accept value '{capability}'")
+    check_arguments({"enable": (list, False)}, arguments)
+    if client.negotiated:
+        return error(
+            "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
+        )
+    client.negotiated = True
+    client.oob = "oob" in enable
+    return {"return": {}}
+
+
+def _outcome(future: asyncio.Future[Reply], name: str) -> Reply:
+    try:
+        return future.result()
+    except (MonitorClosed, asyncio.CancelledError):
+        return error(
+            f"QEMU ended before it answered {name}: whether it was carried out cannot be known"
+        )
+    except SegueError as failure:
+        return error_of(failure)
