@@ -100,6 +100,7 @@ class Client:
         # Descriptors, and from where to where of the stream they came.
         self._fds: list[tuple[int, int, list[int]]] = []
         self._received = 0
+        self._parsed = 0
         self._out = bytearray()
         self._reading = False
         self._ended = False
@@ -192,18 +193,23 @@ class Client:
     def _take_fds(self, begin: int, end: int) -> list[int]:
         """The descriptor for the message at begin..end of the stream: one, as QEMU has it.
 
-        The kernel gives descriptors with the bytes that they were sent with, never with later
-        ones. As in QEMU, later ones take the place of earlier ones that nobody asked for; some
-        clients send them with a blank before the message.
+        The kernel gives descriptors with the last bytes of a read, those that they were sent
+        with. So what came before the end of this message is meant, or else (a newline behind it,
+        or more) what came with its end. Some clients send a descriptor with a blank before the
+        message. As in QEMU, later ones take the place of earlier ones that nobody asked for.
         """
+        near = [entry for entry in self._fds if entry[0] < end]
+        before = [entry for entry in near if entry[1] <= end]
+        used = before if any(last > begin for _, last, _ in before) else near
+        del self._fds[: len(used)]
         taken: list[int] = []
-        while self._fds and self._fds[0][0] < end:
-            _, last, fds = self._fds.pop(0)
-            if last > begin:
-                taken, fds = fds, taken
-            _close_all(fds)
-        if surplus := taken[1:]:
-            _close_all(surplus)
+        for _, last, fds in used:
+            _close_all(taken)
+            taken = fds
+            if last <= begin:
+                _close_all(fds)
+        surplus = taken[1:]
+        _close_all(surplus)
         return taken[:1]
 
     # Requests
@@ -245,10 +251,11 @@ class Client:
         room = _OOB_QUEUE if self.oob else int(self._current is None)
         if len(self._queue) >= room or self._server.defers(len(self._framer)):
             return False
-        begin = self._framer.consumed
         parsed = self._framer.next()
         if parsed is None:
             return False
+        # Blanks before a message belong to it: descriptors may have come with them.
+        begin, self._parsed = self._parsed, self._framer.consumed
         if parsed.fatal:
             self.send(serialise(error(parsed.error or ""), self.pretty))
             self.close(parsed.error or "")
@@ -256,7 +263,7 @@ class Client:
         message = parsed.value if isinstance(parsed.value, dict) else {}
         fds: list[int] = []
         if self._fds and message.get("execute") in _TAKES_FD:
-            fds = self._take_fds(begin, self._framer.consumed)
+            fds = self._take_fds(begin, self._parsed)
         request = Request(parsed, fds)
         if self.oob and "exec-oob" in message and "execute" not in message:
             self._server.dispatch(self, request)

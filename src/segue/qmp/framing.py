@@ -30,11 +30,13 @@ _MAX_WORD = 64 << 10
 # Stray text is quoted in the error, but not 64 MiB of it.
 _MAX_QUOTED = 1000
 
-_DOUBLE = rb"(?:[\x20\x21\x23-\x5b\x5d-\xfd]++|\\[\x20-\xfd])*+"
-_SINGLE = rb"(?:[\x20-\x26\x28-\x5b\x5d-\xfd]++|\\[\x20-\xfd])*+"
+# Repeated groups are not possessive, though they could be: until Python 3.11.5 such a group keeps
+# what an iteration that failed in its middle had taken. Here they never go back anyway.
+_DOUBLE = rb"(?:[\x20\x21\x23-\x5b\x5d-\xfd]++|\\[\x20-\xfd])*"
+_SINGLE = rb"(?:[\x20-\x26\x28-\x5b\x5d-\xfd]++|\\[\x20-\xfd])*"
 # What needs no second look inside brackets. A word counts only where its end is in sight.
 _PLAIN = re.compile(
-    rb'(?:[ \t\r\n,:]++|"%b"|(?:[a-z]++|%b)(?=[ \t\r\n,:{}\[\]]))*+' % (_DOUBLE, NUMBER)
+    rb'(?:[ \t\r\n,:]++|"%b"|(?:[a-z]++|%b)(?=[ \t\r\n,:{}\[\]]))*' % (_DOUBLE, NUMBER)
 )
 _STRING_REST = {ord('"'): re.compile(_DOUBLE), ord("'"): re.compile(_SINGLE)}
 _SPACE = re.compile(rb"[ \t\r\n]*+")
