@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from segue.qmp import client as client_module
 from segue.qmp import framing
+from segue.qmp.client import Client, Request
 from tests.unit.qmpfakes import Peer, World, run
 
 
@@ -113,6 +115,34 @@ def test_a_flood_that_does_not_read(data: bytes, capability: str) -> None:
     run(test())
 
 
+def test_everybody_else_has_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with World() as world:
+            peer = await world.client()
+            taken = 0
+            turns = []
+            dispatch = world.server.dispatch
+
+            def counting(client: Client, request: Request) -> None:
+                nonlocal taken
+                taken += 1
+                dispatch(client, request)
+
+            def turn() -> None:
+                turns.append(taken)
+                if taken < 200:
+                    asyncio.get_running_loop().call_soon(turn)
+
+            monkeypatch.setattr(world.server, "dispatch", counting)
+            turn()
+            await peer.send(b"[]" * 200)
+            for _ in range(200):
+                await peer.receive()
+            assert max(b - a for a, b in pairwise(turns)) <= client_module.BURST
+
+    run(test())
+
+
 def test_who_does_not_read_its_events_is_dropped() -> None:
     async def test() -> None:
         async with World() as world:
@@ -154,6 +184,7 @@ def test_long_input_is_left_alone_while_the_gate_is_closed() -> None:
                 await other.call({"execute": "segue-hello", "arguments": {"name": "x"}})
             (client,) = [c for c in world.server.clients if c.number == 1]
             assert len(client.state().unparsed) < 300_000
+            assert not client.passages
             world.server.gate.open()
             await sending
             assert (await peer.receive())["id"] == 1

@@ -78,6 +78,13 @@ def test_drain_waits_for_what_may_not_pass_any_more() -> None:
         assert not drained.done()
         traffic.leave("read")
         await drained
+        traffic.gate.read_only()
+        traffic.enter("read", read_only=True)
+        traffic.gate.close()
+        drained = asyncio.create_task(traffic.gate.drain())
+        await asyncio.sleep(0)
+        traffic.gate.read_only()
+        await drained
 
     run(test())
 

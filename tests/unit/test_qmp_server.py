@@ -121,6 +121,9 @@ def test_out_of_band_overtakes() -> None:
             # Eight wait, the ninth and what is behind it is not looked at.
             await peer.send(*({"execute": "cont", "id": n} for n in range(5, 13)))
             await peer.send({"exec-oob": "yank", "id": 13})
+            other = await world.client()
+            await other.call({"execute": "segue-hello", "arguments": {"name": "x"}})
+            assert world.instance.commands == ["slow", "yank"]
             world.instance.answer()
             ids = [(await peer.receive())["id"] for _ in range(11)]
             assert ids[:2] == [1, 2]
