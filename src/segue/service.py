@@ -7,9 +7,10 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segue.errors import MonitorClosed
+from segue.errors import MonitorClosed, UsageError
 from segue.qmp.server import Client, Command
 from segue.upgrade import breakpoints
+from segue.upgrade.modes import AUTO, MODES
 
 if TYPE_CHECKING:
     from segue.supervisor import Supervisor
@@ -29,6 +30,7 @@ class Service:
             "rehearse": (bool, False),
             "force": (bool, False),
             "timeout": (float, False),
+            "mode": (str, False),
         }
         testing = []
         if breakpoints.allowed():
@@ -39,7 +41,12 @@ class Service:
             for c in (
                 *testing,
                 Command("segue-query", self.query, read_only=True),
-                Command("segue-check", self.check, {"to": (str, False)}, read_only=True),
+                Command(
+                    "segue-check",
+                    self.check,
+                    {"to": (str, False), "mode": (str, False)},
+                    read_only=True,
+                ),
                 Command("segue-upgrade", self.upgrade, upgrade),
                 Command("segue-history", self.history, read_only=True),
                 Command("segue-stop", self.stop, {"timeout": (float, False)}),
@@ -52,7 +59,7 @@ class Service:
     async def check(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
         supervisor = self._supervisor
         to = arguments.get("to")
-        plan = await supervisor.upgrader.check(Path(to) if to else None)
+        plan = await supervisor.upgrader.check(Path(to) if to else None, _mode(arguments))
         running = supervisor.binary
         return {
             "from": {"path": str(running.path), "version": running.version_text},
@@ -62,6 +69,12 @@ class Service:
                 "build_id": plan.target.build_id,
             },
             "current": plan.current,
+            "mode": plan.mode.name,
+            "why": plan.why,
+            "modes": {
+                name: [blocker.to_json() for blocker in blockers]
+                for name, blockers in plan.modes.items()
+            },
             "blockers": [blocker.to_json() for blocker in plan.blockers],
             "not_kept": [note.to_json() for note in plan.notes],
             "notes": [],
@@ -75,6 +88,7 @@ class Service:
             force=arguments.get("force", False),
             timeout=arguments.get("timeout"),
             progress=self._progress,
+            mode=_mode(arguments),
             breaks=arguments.get("x-break", ()),
             limits=arguments.get("x-limits"),
         )
@@ -108,3 +122,11 @@ class Service:
 
     def _progress(self, data: dict[str, Any]) -> None:
         self._supervisor.server.event("SEGUE_UPGRADE", data)
+
+
+def _mode(arguments: dict[str, Any]) -> str:
+    """Raises UsageError for a mode that there is not."""
+    mode: str = arguments.get("mode", AUTO)
+    if mode != AUTO and mode not in MODES:
+        raise UsageError(f"there is no mode {mode!r}", hint=f"{AUTO}, {', '.join(MODES)}")
+    return mode

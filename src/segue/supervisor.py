@@ -150,6 +150,10 @@ class Supervisor:
     def name(self) -> str:
         return self.directory.name
 
+    @property
+    def run_directory(self) -> Path:
+        return self.directory.path
+
     def serve(self, instance: Instance) -> None:
         """Have clients answered by `instance` from now on."""
         self.instance = instance

@@ -31,6 +31,7 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "--to", metavar="BIN", help="the QEMU to move to (default: the path it was started from)"
     )
+    parser.add_argument("--mode", metavar="MODE", help="as for segue upgrade")
     parser.add_argument("--json", action="store_true", help="print an object")
     parser.set_defaults(run=run)
 
@@ -40,6 +41,8 @@ def run(arguments: Namespace) -> int:
     from segue.cli.upgrade import binary
 
     request = {"to": binary(arguments.to)} if arguments.to else {}
+    if arguments.mode:
+        request["mode"] = arguments.mode
     machine = machines.find(arguments.name)
     plan = connection.ask(machine, "segue-check", request, timeout=_PROBE_TIMEOUT)
     if arguments.json:
@@ -57,6 +60,10 @@ def _show(name: str, plan: Mapping[str, Any]) -> None:
         print(f"{name}: QEMU {old} → {new} ({plan['to']['path']})")
     for loss in plan["not_kept"]:
         print(f"  not kept: {output.one_line(loss['what'])}: {output.one_line(loss['why'])}")
+    for mode, reasons in plan["modes"].items():
+        chosen = f"  ({plan['why']})" if mode == plan["mode"] else ""
+        against = "; ".join(output.blocker_text(reason) for reason in reasons)
+        print(f"  mode {mode}: {against or 'possible'}{chosen}")
     for note in plan["notes"]:
         print(f"  note: {output.one_line(note)}")
     for blocker in plan["blockers"]:

@@ -37,7 +37,8 @@ def declare(commands: Commands) -> None:
     parser = commands.add_parser(
         "upgrade",
         help="replace the QEMU of a machine",
-        usage="segue upgrade (NAME | --all) [--to BIN] [--rehearse] [--force] [--timeout S]",
+        usage="segue upgrade (NAME | --all) [--to BIN] [--mode MODE] [--rehearse] [--force] "
+        "[--timeout S]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
@@ -53,6 +54,12 @@ def declare(commands: Commands) -> None:
     )
     parser.add_argument(
         "--force", action="store_true", help="also when the QEMU that runs is the one to move to"
+    )
+    parser.add_argument(
+        "--mode",
+        metavar="MODE",
+        choices=("auto", "handover", "cpr-transfer", "cpr-exec", "migrate"),
+        help="the way to do it (default auto); segue check tells which ones would work",
     )
     parser.add_argument(
         "--timeout", metavar="S", type=positive, help="give up after so many seconds and go back"
@@ -87,6 +94,8 @@ def run(arguments: Namespace) -> int:
         request["rehearse"] = True
     if arguments.force:
         request["force"] = True
+    if arguments.mode:
+        request["mode"] = arguments.mode
     if arguments.timeout:
         request["timeout"] = arguments.timeout
     if arguments.all:

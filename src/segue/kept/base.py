@@ -32,12 +32,16 @@ class Lending:
     """What one instance is to be given: who it is, and the descriptors that it inherits.
 
     `number` counts the instances of a machine from 1. `target` is the binary that will run;
-    `cpu` is what it makes of the machine's CPU model, where that model floats.
+    `cpu` is what it makes of the machine's CPU model, where that model floats. A later one waits
+    for the state with the words `incoming`; `copies_ram` says that RAM is in that state, and comes
+    into memory of its own.
     """
 
     number: int
     target: Binary
     cpu: dict[str, Any] = field(default_factory=dict)
+    incoming: tuple[str, ...] = ("-incoming", "defer")
+    copies_ram: bool = False
     _inherited: set[int] = field(default_factory=set)
 
     @property

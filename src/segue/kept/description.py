@@ -61,7 +61,7 @@ class Description:
 
     def argv(self, lending: Lending) -> list[str]:
         words = self.draft.argv(lending)
-        return words if lending.first else [*words, "-S", "-incoming", "defer"]
+        return words if lending.first else [*words, "-S", *lending.incoming]
 
     async def learn(self, monitor: Monitor) -> None:
         await self.values.learn(monitor)

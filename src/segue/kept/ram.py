@@ -15,7 +15,7 @@ from typing import Any
 
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
-from segue.kept.draft import Draft, Words
+from segue.kept.draft import Computed, Draft, Words
 from segue.qemu.commandline import Option
 from segue.qemu.options import Params, format_size, parse_size
 
@@ -28,6 +28,8 @@ _ORIGIN = ("size", "share", "mem-path", "hugetlb", "hugetlbsize", "seal", "preal
 
 # QEMU's own default (MachineClass.default_ram_size), where `-m` does not say.
 DEFAULT_SIZE = 128 << 20
+
+AUX_RAM_SHARE = (10, 0, 0)
 
 
 class GuestRam(Kept):
@@ -50,13 +52,18 @@ class GuestRam(Kept):
         self._rest = params.without(*_ORIGIN)
         self._huge_page = huge_page
         self._origin = origin
+        self._copies: dict[int, int] = {}
 
     async def start(self) -> None:
         """Make the memory. Raises SegueError, with QEMU's reason, if there is not enough."""
+        self.fd = self._make()
+
+    def _make(self) -> int:
         try:
-            self.fd = self._open()
+            fd = self._open()
             if self._origin is None or not self._origin.is_file():
-                os.ftruncate(self.fd, self.size)
+                os.ftruncate(fd, self.size)
+            return fd
         except OSError as error:
             raise SegueError(
                 f"guest RAM '{self.name}' ({format_size(self.size)}): {error.strerror}",
@@ -77,7 +84,10 @@ class GuestRam(Kept):
         return fd
 
     def arguments(self, lending: Lending) -> list[str]:
-        fd = lending.inherit(self.fd)
+        fd = self.fd
+        if lending.copies_ram:
+            fd = self._copies[lending.number] = self._make()
+        lending.inherit(fd)
         params = (
             self._rest.set("qom-type", "memory-backend-file")
             .set("size", str(self.size))
@@ -88,6 +98,16 @@ class GuestRam(Kept):
             # Not for later ones: it writes each page's first byte back while the guest runs.
             params = params.set("prealloc", "on")
         return ["-object", str(params)]
+
+    def switch(self, number: int) -> None:
+        if number in self._copies:
+            self._copies[number], self.fd = self.fd, self._copies[number]
+
+    def drop(self, number: int) -> None:
+        # After a switch these are what the last instance had, else what the successor was given.
+        for fd in self._copies.values():
+            os.close(fd)
+        self._copies.clear()
 
     def identity(self) -> dict[str, Any]:
         status = os.fstat(self.fd)
@@ -101,6 +121,7 @@ class GuestRam(Kept):
         return bool(wanted.search(Path(f"/proc/{pid}/maps").read_text()))
 
     def close(self) -> None:
+        self.drop(0)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -114,6 +135,8 @@ class RamRule:
             if (option.params.get("qom-type") or "").startswith("memory-backend-"):
                 self._backend(draft, option)
         machine = draft.command_line.machine()
+        if machine.get("aux-ram-share") is None:
+            draft.add(Computed(_share_the_rest))
         if machine.get("memory-backend") or self._numa_memdev(draft):
             return
         self._default(draft, machine)
@@ -176,6 +199,11 @@ class RamRule:
         ram = GuestRam(params, parse_size(size_text, "B"), **origin)
         draft.kept.append(ram)
         draft.replace(option, ram)
+
+
+def _share_the_rest(lending: Lending) -> list[str]:
+    """QEMU's own CPR needs video and firmware memory to be shared too, from the start."""
+    return ["-machine", "aux-ram-share=on"] if lending.target.version >= AUX_RAM_SHARE else []
 
 
 def default_huge_page() -> int:

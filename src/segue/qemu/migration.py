@@ -40,22 +40,26 @@ class Settings:
         )
 
 
-async def configure(monitor: Monitor, wanted: frozenset[str]) -> Settings:
+async def configure(monitor: Monitor, wanted: frozenset[str], **parameters: Any) -> Settings:
     """Switch the `wanted` capabilities on and every other off; what was set before.
 
-    Raises CommandFailed if this QEMU lacks one.
+    `parameters` are set too, besides those that every upgrade needs. Raises CommandFailed if this
+    QEMU lacks one.
     """
-    listed, parameters = await asyncio.gather(
+    listed, current = await asyncio.gather(
         monitor.execute("query-migrate-capabilities"),
         monitor.execute("query-migrate-parameters"),
     )
+    # QEMU 8.2 brought modes; QEMU 11.1 aborts when one that is left over meets a plain `migrate`.
+    mode = {"mode": "normal"} if "mode" in current else {}
+    changed = _PARAMETERS | mode | parameters
     before = Settings(
         {c["capability"]: c["state"] for c in listed},
-        {n: parameters[n] for n in _PARAMETERS if n in parameters},
+        {n: current[n] for n in changed if n in current},
     )
     await _apply(
         monitor,
-        Settings({name: name in wanted for name in {*before.capabilities, *wanted}}, _PARAMETERS),
+        Settings({name: name in wanted for name in {*before.capabilities, *wanted}}, changed),
         before,
     )
     return before

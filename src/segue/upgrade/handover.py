@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from segue.errors import (
@@ -55,12 +56,14 @@ _WISHES = _ENDINGS | {
 class Surroundings:
     """What the supervisor lends to a transaction.
 
-    `checkpoint(phase)` is awaited at the beginning of each phase; tests stop there.
+    `directory` is for sockets between instances. `checkpoint(phase)` is awaited at the beginning
+    of each phase; tests stop there.
     `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance)`
     ends both, and says who answers them from then on.
     `on_limbo` is told when nobody can know whether the successor runs the guest.
     """
 
+    directory: Path
     spawn: Callable[[], Instance]
     kept: Sequence[Kept]
     journal: Journal
@@ -178,6 +181,7 @@ class Handover:
         self.successor = successor = self.surroundings.spawn()
         placement.copy(self.incumbent.pid, successor.pid)
         self.surroundings.journal.write("prepare", self.incumbent, successor)
+        await self._introduce()
         monitor = await successor.connect(self._limit(PREPARE))
         await placement.copy_vcpus(self.incumbent.monitor, monitor)
         await self.surroundings.read_only()
@@ -196,21 +200,30 @@ class Handover:
                 ),
             )
 
+    async def _introduce(self) -> None:
+        """What must come before the successor can answer."""
+
     async def _open(self) -> None:
         assert self.successor is not None
-        old, new = self.incumbent.monitor, self.successor.monitor
-        self._before = await migration.configure(old, migration.SENDER)
-        self._fresh = await migration.configure(new, migration.RECEIVER)
-        names = await images.paths(old)
+        names = await images.paths(self.incumbent.monitor)
         fds = self._stack.enter_context(images.opened(names))
-        self._watches = [MigrationWatch(self.incumbent), MigrationWatch(self.successor)]
-        for watch in self._watches:
-            self._stack.callback(watch.close)
-        await self._channel()
+        await self._configure()
+        self._watches = [self._watch(self.incumbent), self._watch(self.successor)]
+        await self._open_channel()
         await images.write_out(fds)
         self.surroundings.journal.write("open", self.incumbent, self.successor)
 
-    async def _channel(self) -> None:
+    async def _configure(self) -> None:
+        assert self.successor is not None
+        self._before = await migration.configure(self.incumbent.monitor, migration.SENDER)
+        self._fresh = await migration.configure(self.successor.monitor, migration.RECEIVER)
+
+    def _watch(self, instance: Instance) -> MigrationWatch:
+        watch = MigrationWatch(instance)
+        self._stack.callback(watch.close)
+        return watch
+
+    async def _open_channel(self) -> None:
         """A socket between the two; no path in a directory that may be full or too long."""
         assert self.successor is not None
         ours, theirs = socket.socketpair()
@@ -234,6 +247,10 @@ class Handover:
         for kept in self.surroundings.kept:
             kept.take_back()
         self._migrating = True
+        await self._begin()
+
+    async def _begin(self) -> None:
+        """Have the incumbent stop its guest and send its state."""
         await self.incumbent.monitor.execute("migrate", {"uri": "fd:segue"})
 
     def _incumbent_event(self, event: Event) -> None:

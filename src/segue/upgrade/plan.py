@@ -11,7 +11,8 @@ from segue.kept.description import Description
 from segue.kept.draft import Note
 from segue.qemu.binary import Binary, missing_devices, probe
 from segue.qemu.instance import Instance
-from segue.upgrade import scout
+from segue.upgrade import modes, scout
+from segue.upgrade.modes import MODES, Mode
 
 OLDEST = (7, 2, 0)
 VIRTIO_MEM_KEEPS_RAM = (8, 1, 0)
@@ -19,22 +20,36 @@ VIRTIO_MEM_KEEPS_RAM = (8, 1, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """`cpu` is what the target makes of a floating CPU model (see kept/values.py)."""
+    """`cpu` is what the target makes of a floating CPU model (see kept/values.py).
+
+    `mode` was chosen, for the reason `why`; `modes` has for each one what stands against it alone.
+    """
 
     target: Binary
     current: bool
     blockers: tuple[Blocker, ...]
     notes: tuple[Note, ...]
     cpu: dict[str, Any] = field(default_factory=dict)
+    mode: Mode = MODES["handover"]
+    why: str = ""
+    modes: dict[str, tuple[Blocker, ...]] = field(default_factory=dict)
 
 
 async def make(
-    machine: Description, incumbent: Instance, running: Binary, to: Path, outdated: bool
+    machine: Description,
+    incumbent: Instance,
+    running: Binary,
+    to: Path,
+    outdated: bool,
+    wanted: str = modes.AUTO,
 ) -> Plan:
     """Judge `to` for this machine. Raises Refused if it is not a QEMU that answers."""
     target = await probe(to)
+    judged = modes.judge(running, target, incumbent.argv)
+    mode, why = modes.choose(wanted, judged)
     blockers = [
         *machine.draft.blockers,
+        *judged[mode.name],
         *_binary(machine, running, target),
         *await _incumbent(incumbent),
     ]
@@ -57,6 +72,9 @@ async def make(
         tuple(blockers),
         tuple(machine.draft.notes),
         cpu,
+        mode,
+        why,
+        judged,
     )
 
 

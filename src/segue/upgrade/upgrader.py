@@ -21,6 +21,7 @@ from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, Surroundings
 from segue.upgrade.journal import Journal
+from segue.upgrade.modes import AUTO
 from segue.upgrade.phases import PLAN
 from segue.upgrade.plan import Plan
 from segue.upgrade.receipt import CURRENT, DONE, LOST, REFUSED, Receipt, Side
@@ -40,6 +41,8 @@ class Host(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def run_directory(self) -> Path: ...
 
     def spawn(self, lending: Lending) -> Instance: ...
     def serve(self, instance: Instance) -> None: ...
@@ -66,11 +69,16 @@ class Upgrader:
     def busy(self) -> bool:
         return self._task is not None
 
-    async def check(self, to: Path | None) -> Plan:
+    async def check(self, to: Path | None, mode: str = AUTO) -> Plan:
         """Judge a target. Raises Refused if it is not a QEMU that answers."""
         host = self._host
         return await planning.make(
-            host.machine, host.instance, host.binary, to or host.binary.path, host.is_outdated()
+            host.machine,
+            host.instance,
+            host.binary,
+            to or host.binary.path,
+            host.is_outdated(),
+            mode,
         )
 
     async def upgrade(
@@ -81,6 +89,7 @@ class Upgrader:
         force: bool,
         timeout: float | None,
         progress: Progress,
+        mode: str = AUTO,
         breaks: Collection[str] = (),
         limits: Mapping[str, float] | None = None,
     ) -> Receipt:
@@ -105,7 +114,9 @@ class Upgrader:
         self._limits = limits or {}
         limbo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.ensure_future(
-            self._run(receipt, to or host.binary.path, rehearse, force, timeout, progress, limbo)
+            self._run(
+                receipt, to or host.binary.path, mode, rehearse, force, timeout, progress, limbo
+            )
         )
         await asyncio.wait((self._task, limbo), return_when=asyncio.FIRST_COMPLETED)
         if not limbo.done():
@@ -130,6 +141,7 @@ class Upgrader:
         self,
         receipt: Receipt,
         to: Path,
+        mode: str,
         rehearse: bool,
         force: bool,
         timeout: float | None,
@@ -142,7 +154,7 @@ class Upgrader:
         gc.collect()
         gc.disable()
         try:
-            plan = await self._plan(receipt, to, progress)
+            plan = await self._plan(receipt, to, mode, progress)
             if plan is None:
                 return receipt
             if plan.current and not force and not rehearse:
@@ -151,8 +163,14 @@ class Upgrader:
             for kept in host.machine.kept:
                 await kept.quiet()
             self._number += 1
-            lending = Lending(self._number, plan.target, plan.cpu)
-            self._handover = Handover(
+            lending = Lending(
+                self._number,
+                plan.target,
+                plan.cpu,
+                incoming=plan.mode.incoming(host.run_directory),
+                copies_ram=plan.mode.copies_ram,
+            )
+            self._handover = plan.mode.transaction(
                 incumbent=incumbent,
                 target=host.binary.target,
                 surroundings=self._surroundings(lending, receipt, progress, limbo),
@@ -176,13 +194,13 @@ class Upgrader:
             with contextlib.suppress(SegueError):
                 await host.refresh()
 
-    async def _plan(self, receipt: Receipt, to: Path, progress: Progress) -> Plan | None:
+    async def _plan(self, receipt: Receipt, to: Path, mode: str, progress: Progress) -> Plan | None:
         progress({"phase": PLAN.name, "state": "begin"})
         started = time.monotonic()
         try:
             async with asyncio.timeout(PLAN.limit):
                 await self.breakpoints.reach(PLAN.name)
-                plan = await self.check(to)
+                plan = await self.check(to, mode)
         except (SegueError, OSError, TimeoutError, asyncio.CancelledError) as error:
             receipt.failed(error if isinstance(error, SegueError) else SegueError(f"{error!r}"))
             if isinstance(error, SegueError):
@@ -192,11 +210,12 @@ class Upgrader:
             receipt.phases[PLAN.name] = time.monotonic() - started
             progress({"phase": PLAN.name, "state": "end", "seconds": receipt.phases[PLAN.name]})
         receipt.target = _side(plan.target, None)
+        receipt.mode = plan.mode.name
         receipt.not_kept = [note.to_json() for note in plan.notes]
         if plan.blockers:
             receipt.failed(
                 Refused(
-                    f"this machine cannot be handed over to {plan.target.path}",
+                    f"this machine cannot be moved to {plan.target.path} by {plan.mode.name}",
                     hint="see the blockers; nothing was touched",
                     blockers=plan.blockers,
                 )
@@ -241,6 +260,7 @@ class Upgrader:
                 limbo.set_result(None)
 
         return Surroundings(
+            directory=host.run_directory,
             spawn=spawn,
             kept=host.machine.kept,
             journal=host.journal,

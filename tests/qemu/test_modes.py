@@ -1,0 +1,108 @@
+"""Every mode replaces QEMU under a running guest, and has the same way back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.harness import Segue, alive, qemu
+
+# Mode and target, from the one before; the first instance is 10.0.
+ROUND = (
+    ("cpr-transfer", "10.0"),
+    ("cpr-transfer", "11.1"),
+    ("migrate", "11.1"),
+    ("cpr-transfer", "11.1"),
+    ("handover", "10.0"),
+    ("migrate", "11.1"),
+    ("handover", "11.1"),
+)
+
+
+def test_every_mode_after_every_other(segue: Segue, place: Path) -> None:
+    guest = segue.start("guest", tiny(place, "10.0"))
+    console = watch(guest, place)
+    typed = b""
+    for number, (mode, release) in enumerate(ROUND):
+        before = guest.qemu_pid
+        console.send(letters := bytes([ord("A") + number]) * 5)
+        typed += letters
+        receipt = guest.handed_over("--to", qemu(release), "--mode", mode, "--force")
+        assert receipt["mode"] == mode
+        assert receipt["to"]["version"].startswith(release)
+        assert all(kept.get("held", True) for kept in receipt["kept"]), receipt["kept"]
+        assert not receipt["warnings"]
+        assert not alive(before)
+        unharmed(console)
+    witness = console.witness
+    assert witness is not None
+    console.wait(lambda: bytes(witness.heard) == typed, "the guest hearing all that was typed")
+
+
+def test_auto_says_which_and_why(segue: Segue, place: Path) -> None:
+    segue.start("guest", tiny(place, "7.2"))
+    done = segue("check", "guest", "--to", qemu("10.0"))
+    assert done.returncode == 0
+    assert "mode handover: possible" in done.stdout
+    assert "mode cpr-transfer: mode cpr-transfer: QEMU 7.2" in done.stdout
+    refused = segue("upgrade", "guest", "--to", qemu("10.0"), "--mode", "cpr-transfer")
+    assert refused.returncode == 5
+    assert "--mode handover" in refused.stderr
+    assert segue("upgrade", "guest", "--mode", "teleport").returncode == 2
+
+
+@pytest.mark.parametrize("mode", ["cpr-transfer", "migrate"])
+@pytest.mark.parametrize("how", ["killed", "hangs", "rehearsal"])
+def test_the_way_back(segue: Segue, place: Path, mode: str, how: str) -> None:
+    """In every phase; the same guest, and the mode works afterwards."""
+    guest = segue.start("guest", tiny(place, "11.1"))
+    console = watch(guest, place)
+    incumbent = guest.qemu_pid
+    names = sorted(p.name for p in guest.directory.iterdir())
+
+    def well() -> None:
+        assert guest.qemu_pid == incumbent
+        assert sorted({p.name for p in guest.directory.iterdir()} - {"receipts.jsonl"}) == names
+        unharmed(console)
+
+    if how == "rehearsal":
+        receipt = guest.upgrade("--to", qemu("11.1"), "--mode", mode, "--rehearse")
+        assert receipt["result"] == "rehearsed"
+        well()
+    else:
+        fault = signal.SIGKILL if how == "killed" else signal.SIGSTOP
+        for phase in ("open", "hold", "move", "commit"):
+            receipt = _spoil(guest, mode, phase, fault)
+            assert receipt["result"] in ("failed", "timed-out"), receipt
+            assert receipt["guest"] == "running on the incumbent"
+            well()
+    receipt = guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
+    unharmed(console)
+
+
+def _spoil(guest: Any, mode: str, phase: str, fault: signal.Signals) -> dict[str, Any]:
+    """An upgrade whose successor meets `fault` at the beginning of `phase`; its receipt."""
+    with guest.qmp() as qmp, guest.qmp() as other:
+        going = qmp.begin(
+            "segue-upgrade",
+            {
+                "mode": mode,
+                "force": True,
+                "x-break": [phase],
+                "x-limits": {"open": 2, "hold": 1, "move": 1, "commit": 1},
+            },
+        )
+        qmp.event(phase=phase, state="break")
+        supervisor = guest.process.pid
+        (successor,) = (
+            pid for pid in guest.segue.processes() if pid not in (supervisor, guest.qemu_pid)
+        )
+        os.kill(successor, fault)
+        other.command("x-segue-continue")
+        receipt: dict[str, Any] = going.result(60)
+        return receipt
