@@ -27,6 +27,7 @@ COMMANDS = (
     "upgrade",
     "history",
     "console",
+    "qmp",
     "stop",
     "demo",
     "completion",

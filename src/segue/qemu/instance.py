@@ -225,7 +225,7 @@ class Instance:
         status = self._process.wait()
         self._read_last_words()
         if self._monitor is not None:
-            self._monitor.close()
+            self._monitor.read_rest()
         elif self._sock is not None:
             self._sock.close()
         self._ended.set_result(status if status >= 0 else 128 - status)

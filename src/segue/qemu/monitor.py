@@ -48,13 +48,14 @@ class Monitor:
     async def connect(cls, sock: socket.socket, timeout: float = 10) -> Monitor:
         """Read the greeting and negotiate; the socket belongs to the monitor from here on.
 
-        Raises MonitorClosed if the other side ends, TimeoutError after `timeout` seconds.
+        Raises MonitorClosed if the other side ends or is no monitor, TimeoutError after `timeout`
+        seconds.
         """
         self = cls(sock)
         try:
             async with asyncio.timeout(timeout):
                 await self._greeted
-                wanted = [c for c in self.greeting["QMP"]["capabilities"] if c == "oob"]
+                wanted = [c for c in self.greeting["QMP"].get("capabilities", []) if c == "oob"]
                 await self.execute("qmp_capabilities", {"enable": wanted} if wanted else None)
         except BaseException:
             self.close()
@@ -149,16 +150,23 @@ class Monitor:
         else:
             self._loop.remove_writer(self._sock.fileno())
 
-    def _readable(self) -> None:
+    def read_rest(self) -> None:
+        """Take in what the other side said before it ended, and close."""
+        while not self._closed and self._readable():
+            pass
+        self.close()
+
+    def _readable(self) -> bool:
+        """Read once; whether there was anything to read."""
         try:
             chunk = self._sock.recv(_CHUNK)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             chunk = b""
         if not chunk:
             self.close()
-            return
+            return False
         searched = len(self._received)
         self._received += chunk
         start = 0
@@ -168,23 +176,33 @@ class Monitor:
             if line:
                 self._message(line)
                 if self._closed:
-                    return
+                    return False
         del self._received[:start]
+        return True
 
     def _message(self, line: bytes) -> None:
+        """Act on one line. A monitor that says what none would say is broken: it is closed."""
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.close()
             return
-        if "event" in message:
-            for listener in tuple(self._listeners):
-                listener(message)
-        elif "QMP" in message:
-            self.greeting = message
-            if not self._greeted.done():
-                self._greeted.set_result(None)
-        else:
-            future = self._pending.pop(message.pop("id", 0), None)
-            if future is not None and not future.done():
-                future.set_result(message)
+        match message:
+            case {"event": str()}:
+                for listener in tuple(self._listeners):
+                    listener(message)
+            case {"QMP": dict()}:
+                self.greeting = message
+                if not self._greeted.done():
+                    self._greeted.set_result(None)
+            case {"return": _} | {"error": {"class": str(), "desc": str()}}:
+                self._reply(message)
+            case _:
+                self.close()
+
+    def _reply(self, message: dict[str, Any]) -> None:
+        number = message.pop("id", None)
+        # Without one of ours: QEMU's word about something that it could not read.
+        future = self._pending.pop(number, None) if isinstance(number, int) else None
+        if future is not None and not future.done():
+            future.set_result(message)
