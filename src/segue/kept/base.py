@@ -42,20 +42,26 @@ class Lending:
     cpu: dict[str, Any] = field(default_factory=dict)
     incoming: tuple[str, ...] = ("-incoming", "defer")
     copies_ram: bool = False
-    _inherited: set[int] = field(default_factory=set)
+    first_number: int | None = None
+    numbers: dict[int, int] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
         return self.number == 1
 
     def inherit(self, fd: int) -> int:
-        """Have the instance inherit `fd` under the same number; the supervisor keeps it too."""
-        self._inherited.add(fd)
-        return fd
+        """Have the instance inherit `fd`; under which number. The supervisor keeps it too.
+
+        It is the same number, but in a process that is there already and uses others: then they
+        are counted from `first_number` on.
+        """
+        if self.first_number is None:
+            return self.numbers.setdefault(fd, fd)
+        return self.numbers.setdefault(fd, self.first_number + len(self.numbers))
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return tuple(sorted(self._inherited))
+        return tuple(sorted(self.numbers))
 
 
 class Part(ABC):

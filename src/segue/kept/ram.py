@@ -87,11 +87,11 @@ class GuestRam(Kept):
         fd = self.fd
         if lending.copies_ram:
             fd = self._copies[lending.number] = self._make()
-        lending.inherit(fd)
+        number = lending.inherit(fd)
         params = (
             self._rest.set("qom-type", "memory-backend-file")
             .set("size", str(self.size))
-            .set("mem-path", f"/proc/self/fd/{fd}")
+            .set("mem-path", f"/proc/self/fd/{number}")
             .set("share", "on")
         )
         if self._prealloc and lending.first:
