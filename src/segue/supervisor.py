@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import syslog
 import time
@@ -136,13 +137,21 @@ class Supervisor:
 
     def spawn(self, lending: Lending) -> Instance:
         """Start an instance, not yet connected. Its end is noticed whatever it is at the time."""
-        instance = Instance.spawn(
-            lending.number,
-            self.machine.argv(lending),
-            lending.descriptors,
-            on_stderr=self._qemu_says,
-            stdout=None if not self.detached else self._log,
-        )
+        argv = self.machine.argv(lending)
+        guard = lending.guard
+        guard.arm()
+        try:
+            instance = Instance.spawn(
+                lending.number,
+                [*argv, *guard.arguments],
+                (*lending.descriptors, *guard.descriptors),
+                on_stderr=self._qemu_says,
+                stdout=None if not self.detached else self._log,
+                before_exec=guard.before_exec if guard.armed else None,
+            )
+        except subprocess.SubprocessError:
+            raise SegueError(f"QEMU's guard: {guard.why_not_started()}") from None
+        guard.serve()
         instance.on_end(lambda status: self._instance_ended(instance, status))
         return instance
 

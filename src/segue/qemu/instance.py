@@ -70,8 +70,11 @@ class Instance:
         *,
         on_stderr: Callable[[bytes], None],
         stdout: int | None = None,
+        before_exec: Callable[[], None] | None = None,
     ) -> Instance:
         """Start QEMU with `argv` and a monitor of ours; no descriptor but those named passes.
+
+        `before_exec` is called in the new process; if it raises, subprocess.SubprocessError is.
 
         It gets a session of its own: a Ctrl-C at the terminal is for the supervisor, which tells
         QEMU what it means. It inherits a duplicate of our end of the monitor too, so that the
@@ -99,6 +102,7 @@ class Instance:
                 stderr=write_end,
                 pass_fds=(*descriptors, theirs.fileno(), ours.fileno()),
                 start_new_session=True,
+                preexec_fn=before_exec,
             )
         except BaseException:
             os.close(read_end)

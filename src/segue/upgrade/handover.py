@@ -279,6 +279,8 @@ class Handover:
 
     async def _commit(self) -> None:
         assert self.successor is not None
+        for kept in self.surroundings.kept:
+            kept.pass_on(self.successor.number)
         self.surroundings.journal.write("commit", self.incumbent, self.successor)
         if not self._was_running:
             await self.incumbent.kill()
@@ -403,6 +405,13 @@ class Handover:
             told = worse
         self.receipt.failed(told)
 
+    def _restore(self) -> None:
+        for kept in self.surroundings.kept:
+            try:
+                kept.restore()
+            except SegueError as error:
+                self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error.what}")
+
     async def _undo(self) -> None:
         """The incumbent goes on. Raises GuestLost if it cannot."""
         self._tell({"phase": "undo", "state": "begin"})
@@ -415,6 +424,7 @@ class Handover:
                 str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
             )
         monitor = self.incumbent.monitor
+        self._restore()
         try:
             await migration.cancel(monitor)
             if self._was_running and not self._stopped_itself():
