@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import syslog
 import time
@@ -135,16 +136,50 @@ class Supervisor:
         await self.refresh()
 
     def spawn(self, lending: Lending) -> Instance:
-        """Start an instance, not yet connected. Its end is noticed whatever it is at the time."""
-        instance = Instance.spawn(
+        """Start an instance, not yet connected."""
+        argv = self.machine.argv(lending)
+        guard = lending.guard
+        guard.arm()
+        try:
+            instance = Instance.spawn(
+                lending.number,
+                [*argv, *guard.arguments],
+                (*lending.descriptors, *guard.descriptors),
+                on_stderr=self._qemu_says,
+                stdout=None if not self.detached else self._log,
+                before_exec=guard.before_exec if guard.armed else None,
+            )
+        except subprocess.SubprocessError:
+            raise SegueError(f"QEMU's guard: {guard.why_not_started()}") from None
+        guard.serve()
+        self.adopt(instance)
+        return instance
+
+    def launch(
+        self,
+        lending: Lending,
+        argv: list[str],
+        ends: tuple[socket.socket, socket.socket],
+        command: list[str],
+        environment: dict[str, str],
+    ) -> Instance:
+        """As `spawn`, by way of a program that is told what to execute (upgrade/launcher.py)."""
+        instance = Instance.launch(
             lending.number,
-            self.machine.argv(lending),
-            lending.descriptors,
+            argv,
+            ends,
+            (),
             on_stderr=self._qemu_says,
             stdout=None if not self.detached else self._log,
+            command=command,
+            environment=environment,
         )
-        instance.on_end(lambda status: self._instance_ended(instance, status))
+        self.adopt(instance)
         return instance
+
+    def adopt(self, instance: Instance) -> None:
+        """Notice its end, whatever it is at the time."""
+        instance.on_end(lambda status: self._instance_ended(instance, status))
 
     @property
     def name(self) -> str:

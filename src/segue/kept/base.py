@@ -9,9 +9,11 @@ is paused, so they are plain functions that never wait):
     arguments(lending)   prepare: what the successor is given, with descriptors of its own
     hold()               the guest has stopped: nothing more flows towards it
     take_back()          what the incumbent had not read is taken out of its descriptors
+    pass_on(number)      `cont` is about to be sent: what only one can have is the successor's
     switch(number)       the successor's `cont` was sent: it is the one that is served now
     settle(monitor)      the incumbent is dead: what could not be there twice moves over
   or
+    restore()            undo, the successor is dead: what only one can have is the incumbent's
     give_back()          undo: the incumbent is the one that is served, as if nothing had been
     drop(number)         that instance is dead: what was only for it is closed
     close()              the machine has ended
@@ -23,6 +25,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+from segue.kept.guard import Guard
 from segue.qemu.binary import Binary
 from segue.qemu.monitor import Monitor
 
@@ -42,6 +45,7 @@ class Lending:
     cpu: dict[str, Any] = field(default_factory=dict)
     incoming: tuple[str, ...] = ("-incoming", "defer")
     copies_ram: bool = False
+    guard: Guard = field(default_factory=Guard)
     first_number: int | None = None
     numbers: dict[int, int] = field(default_factory=dict)
 
@@ -92,6 +96,12 @@ class Kept(Part):
 
     def take_back(self) -> None:
         """Take what the incumbent has not read; it will not read any more."""
+
+    def pass_on(self, number: int) -> None:
+        """Give instance `number` what only one can have. Raises SegueError, which is undone."""
+
+    def restore(self) -> None:
+        """Take back what `pass_on` did, and what of `hold` the guest needs to run."""
 
     def switch(self, number: int) -> None:
         """Instance `number` runs the guest from now on: serve it."""

@@ -12,13 +12,18 @@ import socket
 import subprocess
 import termios
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from segue.errors import InstanceDied, MonitorClosed, TimedOut
 from segue.qemu.monitor import Monitor
 
 MONITOR_ID = "segue-monitor"
+
+
+def monitor_words(number: int) -> list[str]:
+    """The arguments for a monitor of ours on the descriptor of that number."""
+    return ["-chardev", f"socket,id={MONITOR_ID},fd={number}", "-qmp", f"chardev:{MONITOR_ID}"]
 
 
 def start_time(pid: int) -> int:
@@ -30,13 +35,21 @@ def start_time(pid: int) -> int:
         return int(file.read().rpartition(b")")[2].split()[19])
 
 
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 def _stopped(pid: int) -> bool:
     with open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t", b"Z", b"X")
 
 
 class Instance:
-    """A QEMU process and its monitor. Made by `spawn`, taken into service by `connect`."""
+    """A QEMU process and its monitor. Made by `spawn`, taken into service by `connect`.
+
+    `inherited`: device and inode of each descriptor that it was given, by its number there.
+    """
 
     def __init__(
         self,
@@ -45,8 +58,10 @@ class Instance:
         process: subprocess.Popen[bytes],
         sock: socket.socket,
         their_end: socket.socket,
+        inherited: Mapping[int, int],
     ) -> None:
         self.number = number
+        self.inherited = {number: _identity(fd) for fd, number in inherited.items()}
         self.argv = argv
         self.pid = process.pid
         self.start_time = start_time(process.pid)
@@ -70,46 +85,91 @@ class Instance:
         *,
         on_stderr: Callable[[bytes], None],
         stdout: int | None = None,
+        before_exec: Callable[[], None] | None = None,
     ) -> Instance:
         """Start QEMU with `argv` and a monitor of ours; no descriptor but those named passes.
+
+        `before_exec` is called in the new process; if it raises, subprocess.SubprocessError is.
 
         It gets a session of its own: a Ctrl-C at the terminal is for the supervisor, which tells
         QEMU what it means. It inherits a duplicate of our end of the monitor too, so that the
         connection outlives a supervisor that is killed.
         """
-        read_end, write_end = os.pipe()
+        ours, theirs = socket.socketpair()
         try:
-            ours, theirs = socket.socketpair()
-        except BaseException:
-            os.close(read_end)
-            os.close(write_end)
-            raise
-        full = [
-            *argv,
-            "-chardev",
-            f"socket,id={MONITOR_ID},fd={theirs.fileno()}",
-            "-qmp",
-            f"chardev:{MONITOR_ID}",
-        ]
-        try:
-            process = subprocess.Popen(
-                full,
-                stdin=subprocess.DEVNULL,
+            return cls.launch(
+                number,
+                [*argv, *monitor_words(theirs.fileno())],
+                (ours, theirs),
+                (*descriptors, theirs.fileno(), ours.fileno()),
+                on_stderr=on_stderr,
                 stdout=stdout,
-                stderr=write_end,
-                pass_fds=(*descriptors, theirs.fileno(), ours.fileno()),
-                start_new_session=True,
+                before_exec=before_exec,
             )
         except BaseException:
-            os.close(read_end)
             ours.close()
             theirs.close()
             raise
+
+    @classmethod
+    def launch(
+        cls,
+        number: int,
+        argv: list[str],
+        ends: tuple[socket.socket, socket.socket],
+        descriptors: Sequence[int],
+        *,
+        on_stderr: Callable[[bytes], None],
+        stdout: int | None = None,
+        before_exec: Callable[[], None] | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Instance:
+        """As `spawn`, with a monitor's ends that are there already.
+
+        `command` is what is started where that is not QEMU itself, but what will execute `argv`;
+        `environment` comes on top of our own.
+        """
+        read_end, write_end = os.pipe()
+        try:
+            process = subprocess.Popen(
+                command or argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=write_end,
+                pass_fds=descriptors,
+                start_new_session=True,
+                preexec_fn=before_exec,
+                env={**os.environ, **(environment or {})},
+            )
+        except BaseException:
+            os.close(read_end)
+            raise
         finally:
             os.close(write_end)
-        instance = cls(number, full, process, ours, theirs)
+        instance = cls(number, argv, process, *ends, {fd: fd for fd in descriptors})
         instance._read_stderr(read_end, on_stderr)
         return instance
+
+    def become(
+        self,
+        number: int,
+        argv: list[str],
+        ends: tuple[socket.socket, socket.socket],
+        inherited: Mapping[int, int],
+    ) -> Instance:
+        """The instance that this one's process is from now on, having executed another program.
+
+        This one has ended, with exit status 0. `inherited`: our descriptor → its number there.
+        """
+        successor = Instance(number, argv, self._process, *ends, inherited)
+        successor.last_words = self.last_words
+        successor._read_last_words = self._read_last_words
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.monitor.close()
+        self._ended.set_result(0)
+        return successor
 
     async def connect(self, timeout: float) -> Monitor:
         """Wait for QEMU's greeting, at most `timeout` seconds.

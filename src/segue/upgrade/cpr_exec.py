@@ -20,9 +20,8 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from segue.errors import GuestLost, InstanceDied, QemuError, Refused, SegueError, TimedOut
+from segue.errors import GuestLost, QemuError, Refused, SegueError
 from segue.kept.base import Lending
 from segue.qemu import migration
 from segue.qemu.instance import Instance, monitor_words
@@ -58,13 +57,14 @@ class CprExec(Handover):
     _called: asyncio.Future[socket.socket] | None = None
     _connection: socket.socket | None = None
     _preserved: dict[int, int] = field(default_factory=dict)
+    _useless: list[int] = field(default_factory=list)
     _number_of_state: str = ""
 
     async def _prepare(self) -> None:
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
-        await self._freeze()
-        self._place = self._new_place(self.surroundings.lend(), _top(self.incumbent.pid))
+        await self.surroundings.read_only()
+        self._place = self._new_place(self.surroundings.lend(False), _top(self.incumbent.pid))
 
     def _new_place(self, lending: Lending, first_number: int) -> _Place:
         """Raises Refused if the process may not have as many descriptors."""
@@ -147,13 +147,23 @@ class CprExec(Handover):
         self._connection = connection
         message, fds = launcher.receive(connection)
         self._number_of_state = message["state"]
-        numbers = dict(zip(message["held"], fds, strict=True))
-        for number in self.incumbent.numbers:
-            os.close(numbers.pop(number))
-        self._preserved = numbers
+        held = dict(zip(message["held"], fds, strict=True))
+        # What it was given once is of no use to the next one, unless QEMU has put something else
+        # there since.
+        self._useless = [
+            number
+            for number, identity in self.incumbent.inherited.items()
+            if number in held and _identity(held[number]) == identity
+        ]
+        for number in self._useless:
+            os.close(held.pop(number))
+        self._preserved = held
         place = self._place
         self.successor = self.incumbent.become(
-            place.lending.number, place.argv, place.ours, place.theirs, place.lending.numbers
+            place.lending.number,
+            place.argv,
+            (place.ours, place.theirs),
+            place.lending.numbers,
         )
         self.surroundings.adopt(self.successor)
         return self.successor
@@ -165,7 +175,7 @@ class CprExec(Handover):
             self._connection,
             {
                 "argv": self._place.argv,
-                "close": list(self.incumbent.numbers),
+                "close": self._useless,
                 "numbers": list(numbers.values()),
             },
             list(numbers),
@@ -214,14 +224,17 @@ class CprExec(Handover):
         self.surroundings.journal.write("undo", self.successor, None)
         await self.successor.kill()
         self.successor.close()
-        lending = self.surroundings.lend(back=True)
+        lending = self.surroundings.lend(True)
         place = self._place = self._new_place(lending, max([*self._preserved, 2]) + 1)
         path = self.surroundings.directory / _LAUNCHER
         called = self._listen(path)
         self.successor = old = self.surroundings.launch(
-            lending, place.argv, (place.ours, place.theirs), [*_launcher(), str(path)],
+            lending,
+            place.argv,
+            (place.ours, place.theirs),
+            [*_launcher(), str(path)],
             {_ENVIRONMENT: self._number_of_state},
-        )  # fmt: skip
+        )
         os.lseek(self._preserved[int(self._number_of_state)], 0, os.SEEK_SET)
         self._connection = await called
         message, fds = launcher.receive(self._connection)
@@ -245,6 +258,11 @@ class CprExec(Handover):
         for fd in self._preserved.values():
             os.close(fd)
         self._preserved.clear()
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _launcher() -> list[str]:

@@ -28,7 +28,7 @@ from segue.errors import (
     SegueError,
     TimedOut,
 )
-from segue.kept.base import Kept
+from segue.kept.base import Kept, Lending
 from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
@@ -52,12 +52,18 @@ _WISHES = _ENDINGS | {
 }
 
 
+Launch = Callable[
+    [Lending, list[str], tuple[socket.socket, socket.socket], list[str], dict[str, str]], Instance
+]
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What the supervisor lends to a transaction.
 
     `directory` is for sockets between instances. `checkpoint(phase)` is awaited at the beginning
-    of each phase; tests stop there.
+    of each phase; tests stop there. `lend(back)` makes a lending for the target, or for the binary
+    that runs, and `argv` what it is started with; `launch` and `adopt` are the supervisor's.
     `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance)`
     ends both, and says who answers them from then on.
     `on_limbo` is told when nobody can know whether the successor runs the guest.
@@ -65,6 +71,10 @@ class Surroundings:
 
     directory: Path
     spawn: Callable[[], Instance]
+    lend: Callable[[bool], Lending]
+    argv: Callable[[Lending], list[str]]
+    launch: Launch
+    adopt: Callable[[Instance], None]
     kept: Sequence[Kept]
     journal: Journal
     read_only: Callable[[], Awaitable[None]]
@@ -169,7 +179,8 @@ class Handover:
         for event in late:
             self.surroundings.progress(event)
 
-    async def _prepare(self) -> None:
+    async def _look(self) -> None:
+        """Raises Refused unless the guest is in a state that can be moved."""
         status = (await self.incumbent.monitor.execute("query-status"))["status"]
         if status not in ("running", "paused", "prelaunch"):
             raise Refused(
@@ -177,6 +188,9 @@ class Handover:
                 hint="`cont` it, or start it again",
             )
         self._was_running = status == "running"
+
+    async def _prepare(self) -> None:
+        await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
         self.successor = successor = self.surroundings.spawn()
         placement.copy(self.incumbent.pid, successor.pid)
@@ -279,6 +293,8 @@ class Handover:
 
     async def _commit(self) -> None:
         assert self.successor is not None
+        for kept in self.surroundings.kept:
+            kept.pass_on(self.successor.number)
         self.surroundings.journal.write("commit", self.incumbent, self.successor)
         if not self._was_running:
             await self.incumbent.kill()
@@ -403,6 +419,13 @@ class Handover:
             told = worse
         self.receipt.failed(told)
 
+    def _restore(self) -> None:
+        for kept in self.surroundings.kept:
+            try:
+                kept.restore()
+            except SegueError as error:
+                self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error.what}")
+
     async def _undo(self) -> None:
         """The incumbent goes on. Raises GuestLost if it cannot."""
         self._tell({"phase": "undo", "state": "begin"})
@@ -415,6 +438,7 @@ class Handover:
                 str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
             )
         monitor = self.incumbent.monitor
+        self._restore()
         try:
             await migration.cancel(monitor)
             if self._was_running and not self._stopped_itself():

@@ -18,6 +18,10 @@ import os
 import socket
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MOST = 250
 """Descriptors in one message; the kernel takes 253 (unix(7), SCM_MAX_FD)."""
 
@@ -56,7 +60,7 @@ def send(sock: socket.socket, message: dict[str, object], fds: list[int]) -> Non
         socket.send_fds(sock, [b"\0"], fds[start : start + MOST])
 
 
-def receive(sock: socket.socket) -> tuple[dict[str, list], list[int]]:  # type: ignore[type-arg]
+def receive(sock: socket.socket) -> "tuple[Any, list[int]]":
     """The next message and its descriptors. Raises ConnectionError at the end."""
     import json
 

@@ -15,17 +15,20 @@ from pathlib import Path
 
 from segue.errors import Blocker
 from segue.qemu.binary import Binary
+from segue.upgrade.cpr_exec import CprExec
 from segue.upgrade.cpr_transfer import CprTransfer, incoming
 from segue.upgrade.handover import Handover
 from segue.upgrade.migrate import Migrate
 
 AUTO = "auto"
 CPR_TRANSFER_SINCE = (10, 0, 0)
+CPR_EXEC_SINCE = (10, 2, 0)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """`judge` gives the reasons against it that other modes do not have.
+    """`judge` gives the reasons against it that other modes do not have; `rehearsal` is the mode
+    in which it is rehearsed first.
 
     `incoming` are the words, for a run directory, with which a successor waits for its state.
     """
@@ -35,6 +38,7 @@ class Mode:
     judge: Callable[[Binary, Binary, Sequence[str]], list[Blocker]]
     incoming: Callable[[Path], tuple[str, ...]] = lambda directory: ("-incoming", "defer")
     copies_ram: bool = False
+    rehearsal: str | None = None
 
 
 def _always(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocker]:
@@ -42,19 +46,44 @@ def _always(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocke
 
 
 def _cpr_transfer(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocker]:
+    return _cpr("cpr-transfer", CPR_TRANSFER_SINCE, running, target, argv)
+
+
+def _cpr_exec(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocker]:
+    blockers = _cpr("cpr-exec", CPR_EXEC_SINCE, running, target, argv)
+    reasons = {
+        "spawn=deny": "the sandbox forbids QEMU to execute anything",
+        "elevateprivileges=deny": "the sandbox forbids QEMU to execute anything",
+        "tap,": "taps are lent to one process at a time, and this is the same one",
+    }
+    return blockers + [
+        Blocker("mode cpr-exec", reason, "use --mode handover")
+        for word, reason in reasons.items()
+        if any(word in given for given in argv)
+    ]
+
+
+def _cpr(
+    name: str,
+    since: tuple[int, int, int],
+    running: Binary,
+    target: Binary,
+    argv: Sequence[str],
+) -> list[Blocker]:
+    mode = f"mode {name}"
     blockers = [
         Blocker(
-            "mode cpr-transfer",
+            mode,
             f"QEMU {binary.version_text} at {binary.path} does not have it",
-            "QEMU has it from 10.0 on; use --mode handover",
+            f"QEMU has it from {since[0]}.{since[1]} on; use --mode handover",
         )
         for binary in (running, target)
-        if binary.version < CPR_TRANSFER_SINCE
+        if binary.version < since
     ]
     if target.version < running.version:
         blockers.append(
             Blocker(
-                "mode cpr-transfer",
+                mode,
                 f"QEMU {target.version_text} is older than {running.version_text}, "
                 "and cannot read what it sends",
                 "use --mode handover",
@@ -63,7 +92,7 @@ def _cpr_transfer(running: Binary, target: Binary, argv: Sequence[str]) -> list[
     if not blockers and not any("aux-ram-share=on" in word for word in argv):
         blockers.append(
             Blocker(
-                "mode cpr-transfer",
+                mode,
                 "the running QEMU was not started with aux-ram-share=on",
                 "hand over once (--mode handover), which starts it so",
             )
@@ -76,6 +105,7 @@ MODES = {
     for mode in (
         Mode("handover", Handover, _always),
         Mode("cpr-transfer", CprTransfer, _cpr_transfer, incoming),
+        Mode("cpr-exec", CprExec, _cpr_exec, rehearsal="handover"),
         Mode("migrate", Migrate, _always, copies_ram=True),
     )
 }

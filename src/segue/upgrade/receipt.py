@@ -41,6 +41,7 @@ class Receipt:
     warnings: list[str] = field(default_factory=list)
     error: dict[str, str | None] | None = None
     guest: str = "running on the incumbent"
+    rehearsal: dict[str, Any] | None = None
 
     def failed(self, error: SegueError) -> None:
         self.result = result_of(error)
@@ -67,6 +68,7 @@ class Receipt:
             "warnings": self.warnings,
             "error": self.error,
             "guest": self.guest,
+            "rehearsal": self.rehearsal,
             "started": self.started,
         }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +23,10 @@ from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, Surroundings
 from segue.upgrade.journal import Journal
-from segue.upgrade.modes import AUTO
+from segue.upgrade.modes import AUTO, MODES, Mode
 from segue.upgrade.phases import PLAN
 from segue.upgrade.plan import Plan
-from segue.upgrade.receipt import CURRENT, DONE, LOST, REFUSED, Receipt, Side
+from segue.upgrade.receipt import CURRENT, DONE, FAILED, LOST, REFUSED, REHEARSED, Receipt, Side
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -45,6 +47,15 @@ class Host(Protocol):
     def run_directory(self) -> Path: ...
 
     def spawn(self, lending: Lending) -> Instance: ...
+    def launch(
+        self,
+        lending: Lending,
+        argv: list[str],
+        ends: tuple[socket.socket, socket.socket],
+        command: list[str],
+        environment: dict[str, str],
+    ) -> Instance: ...
+    def adopt(self, instance: Instance) -> None: ...
     def serve(self, instance: Instance) -> None: ...
     def suppress(self, on: bool) -> None: ...
     def is_outdated(self) -> bool: ...
@@ -162,24 +173,12 @@ class Upgrader:
                 return receipt
             for kept in host.machine.kept:
                 await kept.quiet()
-            self._number += 1
-            lending = Lending(
-                self._number,
-                plan.target,
-                plan.cpu,
-                incoming=plan.mode.incoming(host.run_directory),
-                copies_ram=plan.mode.copies_ram,
-            )
-            self._handover = plan.mode.transaction(
-                incumbent=incumbent,
-                target=host.binary.target,
-                surroundings=self._surroundings(lending, receipt, progress, limbo),
-                receipt=receipt,
-                rehearse=rehearse,
-                timeout=timeout,
-                limits=self._limits,
-            )
-            await self._handover.run()
+            if plan.mode.rehearsal is not None:
+                rehearsal = await self._rehearse(plan, receipt, timeout, progress, limbo)
+                if rehearse or rehearsal.result != REHEARSED:
+                    return receipt
+                receipt.result = FAILED
+            await self._attempt(plan, plan.mode, receipt, rehearse, timeout, progress, limbo)
             if receipt.result == DONE:
                 host.upgraded(plan.target)
                 receipt.kept = host.machine.receipts_of(host.instance.pid)
@@ -193,6 +192,64 @@ class Upgrader:
             host.record(receipt.to_json())
             with contextlib.suppress(SegueError):
                 await host.refresh()
+
+    async def _rehearse(
+        self,
+        plan: Plan,
+        receipt: Receipt,
+        timeout: float | None,
+        progress: Progress,
+        limbo: asyncio.Future[None],
+    ) -> Receipt:
+        """The rehearsal of another mode that must come first; its end is the receipt's for now."""
+        assert plan.mode.rehearsal is not None
+        started = time.monotonic()
+        mode = MODES[plan.mode.rehearsal]
+        rehearsal = replace(receipt, mode=mode.name, phases={})
+        await self._attempt(plan, mode, rehearsal, True, timeout, progress, limbo, "rehearsal.")
+        receipt.rehearsal = rehearsal.to_json()
+        receipt.phases["rehearsal"] = time.monotonic() - started
+        if rehearsal.result != REHEARSED:
+            receipt.result, receipt.error = rehearsal.result, rehearsal.error
+            receipt.guest = rehearsal.guest
+        else:
+            receipt.result = REHEARSED
+        return rehearsal
+
+    async def _attempt(
+        self,
+        plan: Plan,
+        mode: Mode,
+        receipt: Receipt,
+        rehearse: bool,
+        timeout: float | None,
+        progress: Progress,
+        limbo: asyncio.Future[None],
+        prefix: str = "",
+    ) -> None:
+        """One transaction; `prefix` is what its phases' breakpoints begin with."""
+        host = self._host
+
+        def lend(back: bool) -> Lending:
+            self._number += 1
+            return Lending(
+                self._number,
+                host.binary if back else plan.target,
+                {} if back else plan.cpu,
+                incoming=mode.incoming(host.run_directory),
+                copies_ram=mode.copies_ram,
+            )
+
+        self._handover = mode.transaction(
+            incumbent=host.instance,
+            target=host.binary.target,
+            surroundings=self._surroundings(lend, receipt, progress, limbo, prefix),
+            receipt=receipt,
+            rehearse=rehearse,
+            timeout=timeout,
+            limits=self._limits,
+        )
+        await self._handover.run()
 
     async def _plan(self, receipt: Receipt, to: Path, mode: str, progress: Progress) -> Plan | None:
         progress({"phase": PLAN.name, "state": "begin"})
@@ -224,11 +281,17 @@ class Upgrader:
         return plan
 
     def _surroundings(
-        self, lending: Lending, receipt: Receipt, progress: Progress, limbo: asyncio.Future[None]
+        self,
+        lend: Callable[[bool], Lending],
+        receipt: Receipt,
+        progress: Progress,
+        limbo: asyncio.Future[None],
+        prefix: str,
     ) -> Surroundings:
         host = self._host
 
         def spawn() -> Instance:
+            lending = lend(False)
             try:
                 instance = host.spawn(lending)
             except BaseException:
@@ -262,13 +325,17 @@ class Upgrader:
         return Surroundings(
             directory=host.run_directory,
             spawn=spawn,
+            lend=lend,
+            argv=host.machine.argv,
+            launch=host.launch,
+            adopt=host.adopt,
             kept=host.machine.kept,
             journal=host.journal,
             read_only=read_only,
             closed=closed,
             served=served,
             progress=progress,
-            checkpoint=self.breakpoints.reach,
+            checkpoint=lambda phase: self.breakpoints.reach(prefix + phase),
             on_limbo=on_limbo,
         )
 

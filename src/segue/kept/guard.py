@@ -1,0 +1,222 @@
+"""The guard: what one instance does to a kept device waits for the supervisor's answer.
+
+A QEMU that only starts sets its taps up, and what it sets belongs to the interface, which the
+incumbent is using at that moment: the incumbent's packets are lost from then on. So each
+instance runs under a seccomp filter that sends us the ioctls of watched requests. Whoever kept
+the device answers in the kernel's place, or lets the kernel do it.
+
+The guard can also change which open file a descriptor number of the instance means (`lend`). The
+kernel allows that only while some system call of the instance waits for us, so there is a *bell*:
+a second QMP monitor that is never spoken to. A newline sent to it makes QEMU call recvmsg(2) on
+the monitor's descriptor, which is in the filter too. QEMU reads its monitors in a thread of
+their own, so the bell is answered while its main loop is busy stopping or loading the guest.
+
+A filter stays for the life of the process. QEMU itself inherits the listener, so that an ioctl
+waits, and does not fail, while there is no supervisor to answer it (QEMU aborts if it fails).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from segue.errors import SegueError
+from segue.kept import seccomp
+from segue.kept.seccomp import Notification
+
+BELL_ID = "segue-bell"
+
+# Longer than a thread of a busy host takes to come round, shorter than a guest may be stopped.
+_ANSWER_LIMIT = 0.5
+
+
+@dataclass(frozen=True)
+class Call:
+    """An ioctl that an instance waits in; `argument` is a number, or an address in its memory."""
+
+    notification: Notification
+    request: int
+    argument: int
+
+    def read(self, size: int) -> bytes:
+        """What the argument points to. Raises OSError."""
+        return self.notification.read(self.argument, size)
+
+    def write(self, data: bytes) -> None:
+        """Write where the argument points to. Raises OSError."""
+        self.notification.write(self.argument, data)
+
+
+class Watcher(Protocol):
+    """Whoever answers for one descriptor of an instance."""
+
+    def ioctl(self, call: Call) -> bool:
+        """Do what is asked; an OSError is what the instance sees. False: the kernel may do it."""
+
+
+class Guard:
+    """One instance's filter, from before its start until it is dead.
+
+    `watch` comes first, then `arm`; `before_exec` runs in the child; `serve` once it was started.
+    """
+
+    def __init__(self) -> None:
+        self.listener = -1
+        self.descriptors: tuple[int, ...] = ()
+        self.arguments: tuple[str, ...] = ()
+        self.held_listener = -1
+        """The listener's number in the instance."""
+        self._reserved = -1
+        self._requests: set[int] = set()
+        self._watchers: dict[int, Watcher] = {}
+        self._wanted: dict[int, int] = {}
+        self._bell: socket.socket | None = None
+        self._their_bell: socket.socket | None = None
+        self._channel: tuple[socket.socket, socket.socket] | None = None
+
+    @property
+    def armed(self) -> bool:
+        return self._channel is not None or self.listener >= 0
+
+    def watch(self, fd: int, requests: Collection[int], watcher: Watcher) -> None:
+        """Have the `requests` on the instance's descriptor `fd` answered by `watcher`."""
+        self._requests |= set(requests)
+        self._watchers[fd] = watcher
+
+    def arm(self) -> None:
+        """Make what the instance is to inherit, if there is anything to watch. Raises OSError."""
+        if not self._watchers:
+            return
+        self._bell, self._their_bell = socket.socketpair()
+        self._channel = socket.socketpair()
+        # Only its number counts: the child puts its listener there.
+        self.held_listener = self._reserved = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        bell = self._their_bell.fileno()
+        self.descriptors = (self._bell.fileno(), bell, self.held_listener)
+        words = ("-chardev", f"socket,id={BELL_ID},fd={bell}", "-qmp", f"chardev:{BELL_ID}")
+        self.arguments = words
+
+    def before_exec(self) -> None:
+        """In the child: put the filter on, leave its listener to QEMU, and send us a duplicate.
+
+        What goes wrong is sent too, since an exception here reaches the parent without its words.
+        """
+        assert self._channel is not None and self._their_bell is not None
+        numbers = seccomp.numbers()
+        rules = (
+            seccomp.Rule(numbers.ioctl, 1, sorted(self._requests)),
+            seccomp.Rule(numbers.recvmsg, 0, (self._their_bell.fileno(),)),
+        )
+        try:
+            listener = seccomp.install(numbers.seccomp, seccomp.program(numbers.arch, rules))
+        except OSError as error:
+            self._channel[1].send(os.strerror(error.errno or 0).encode())
+            raise
+        os.dup2(listener, self.held_listener, inheritable=True)
+        socket.send_fds(self._channel[1], [b"\0"], [listener])
+
+    def serve(self) -> None:
+        """The child has been started: answer it from now on."""
+        if self._channel is None:
+            return
+        _, fds, _, _ = socket.recv_fds(self._channel[0], 256, 1, socket.MSG_DONTWAIT)
+        self._close_channel()
+        self._close_reserved()
+        self.listener = fds[0]
+        asyncio.get_running_loop().add_reader(self.listener, self._readable)
+
+    def why_not_started(self) -> str | None:
+        """After a failed start: what the child said against the filter, None if nothing."""
+        if self._channel is None:
+            return None
+        with contextlib.suppress(BlockingIOError):
+            said = self._channel[0].recv(256, socket.MSG_DONTWAIT)
+            return said.decode() if said.strip(b"\0") else None
+        return None
+
+    def lend(self, lendings: dict[int, int]) -> None:
+        """Have each descriptor number of the instance mean ours: {its number: our descriptor}.
+
+        Returns once it is so. Raises SegueError if the instance does not come round in time; it
+        is done then as soon as it does.
+        """
+        if self.listener < 0 or self._bell is None or not lendings:
+            return
+        self._wanted |= lendings
+        try:
+            self._bell.send(b"\n", socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise SegueError(f"QEMU's guard cannot be reached: {error.strerror}") from None
+        poll = select.poll()
+        poll.register(self.listener, select.POLLIN)
+        while self._wanted:
+            ready = poll.poll(_ANSWER_LIMIT * 1000)
+            if not ready or not ready[0][1] & select.POLLIN:
+                raise SegueError("QEMU did not take the descriptors that it was lent")
+            self._readable()
+
+    def close(self) -> None:
+        """The instance is dead, or was never started."""
+        if self.listener >= 0:
+            asyncio.get_running_loop().remove_reader(self.listener)
+            os.close(self.listener)
+            self.listener = -1
+        self._close_reserved()
+        for sock in (self._bell, self._their_bell):
+            if sock is not None:
+                sock.close()
+        self._close_channel()
+        self._watchers.clear()
+
+    def _close_reserved(self) -> None:
+        if self._reserved >= 0:
+            os.close(self._reserved)
+            self._reserved = -1
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            for sock in self._channel:
+                sock.close()
+            self._channel = None
+
+    def _readable(self) -> None:
+        notification = Notification.receive(self.listener)
+        if notification is None:
+            poll = select.poll()
+            poll.register(self.listener, 0)
+            if any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0)):
+                asyncio.get_running_loop().remove_reader(self.listener)
+            return
+        numbers = seccomp.numbers()
+        if notification.number == numbers.ioctl:
+            self._ioctl(notification)
+        else:
+            self._rung(notification)
+
+    def _ioctl(self, notification: Notification) -> None:
+        fd, request, argument = notification.arguments[:3]
+        watcher = self._watchers.get(fd)
+        if watcher is None:
+            notification.go_on()
+            return
+        try:
+            done = watcher.ioctl(Call(notification, request & 0xFFFFFFFF, argument))
+        except OSError as error:
+            notification.fail(error.errno or 5)
+        else:
+            notification.done() if done else notification.go_on()
+
+    def _rung(self, notification: Notification) -> None:
+        try:
+            for number, source in self._wanted.items():
+                notification.put(source, number)
+        except FileNotFoundError:
+            return  # called off by a signal: it will ring again; or dead
+        self._wanted = {}
+        notification.go_on()

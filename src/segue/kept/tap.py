@@ -1,0 +1,443 @@
+"""Taps: the supervisor has the interface's queues, and lends the same ones to each instance.
+
+An instance whose guest does not run still takes a packet from a queue that it can read, and a
+successor that only starts sets the interface up anew. So a successor is started with *stand-ins*,
+sockets that never become readable, and its ioctls on them are answered by the guard (guard.py):
+
+    prepare   the successor has stand-ins; what it sets is remembered, and not done
+    hold      the incumbent is given stand-ins too: what arrives waits in the queues from now on,
+              and what the guest still sends is passed on by us
+    commit    what the successor wants is set on the interface, and the queues are put in the
+              places of its stand-ins; then `cont`
+    undo      what the incumbent had set is set again, and it gets its queues back
+
+Why not at STOP: QEMU pauses its vCPUs before it says so, and throws away a packet that it reads
+meanwhile (do_vm_stop, net_vm_change_state_handler); one packet was lost in a third of handovers.
+
+In each instance the ioctls are carried out here, on our own descriptor of the same queue, so
+that we know what is in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import shlex
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segue.errors import SegueError
+from segue.kept import processes, tun
+from segue.kept.base import Kept, Lending
+from segue.kept.guard import Call, Guard
+from segue.qemu.commandline import Option
+
+VHOST_NET = Path("/dev/vhost-net")
+
+# QEMU's own, where the user names none (include/net/net.h, net/tap.h).
+_SCRIPT, _DOWN_SCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
+_BRIDGE = "br0"
+_HELPER = "qemu-bridge-helper"
+_HELPER_FOLDERS = ("../lib/qemu", "../libexec")
+
+# What says where the queues come from; our descriptors replace all of it.
+_ORIGIN = ("ifname", "script", "downscript", "br", "helper", "vnet_hdr", "queues", "fd", "fds")
+_VHOST_FDS = ("vhostfd", "vhostfds")
+
+# The longest that a guest can send: 64 KiB of payload, and headers.
+_FRAME = 1 << 17
+
+# (queue, request) -> value, in the order in which they were set last.
+Settings = dict[tuple[int, int], int]
+
+
+@dataclass
+class Place:
+    """One queue as one instance has it: the number, and the stand-in if it has had one."""
+
+    number: int
+    ours: socket.socket | None = None
+    theirs: socket.socket | None = None
+
+    def stand_in(self) -> int:
+        """A new descriptor for the instance, from which nothing can be read."""
+        self.close()
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, kind)
+        return self.theirs.fileno()
+
+    def wake(self) -> None:
+        """Have an instance that polls the stand-in look at what stands at its number now.
+
+        The stand-in is not to be used again: an instance that read this byte from it would take
+        it for a packet.
+        """
+        if self.ours is not None:
+            with contextlib.suppress(BlockingIOError):
+                self.ours.send(b"\0")
+
+    def relay(self, queue: int) -> None:
+        """Pass on what the instance sends to the stand-in, until `end_relay`."""
+        assert self.ours is not None
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.ours.fileno(), self._pass_on, queue)
+
+    def end_relay(self, queue: int) -> None:
+        """Pass on what is left."""
+        if self.ours is not None:
+            asyncio.get_running_loop().remove_reader(self.ours.fileno())
+            self._pass_on(queue)
+
+    def _pass_on(self, queue: int) -> None:
+        """Whole frames, as QEMU wrote them: header and all. One that is refused is lost."""
+        assert self.ours is not None
+        with contextlib.suppress(OSError):
+            while _is_writable(queue):
+                frame = self.ours.recv(_FRAME)
+                with contextlib.suppress(OSError):
+                    os.write(queue, frame)
+
+    def close(self) -> None:
+        for sock in (self.ours, self.theirs):
+            if sock is not None:
+                sock.close()
+        self.ours = self.theirs = None
+
+
+@dataclass
+class Borrower:
+    """An instance: its guard, its places, and what it has asked to be set."""
+
+    guard: Guard
+    places: list[Place]
+    settings: Settings = field(default_factory=dict)
+    off: bool = False
+
+
+class Tap(Kept):
+    """One `-netdev tap` or `bridge`, with one queue or several."""
+
+    kind = "tap"
+
+    def __init__(self, option: Option, program: str) -> None:
+        params = option.params
+        self._option = option
+        self._program = program
+        self.name = params.get("id") or params.get("ifname") or option.value or "tap"
+        self.interface = ""
+        self.queues: list[int] = []
+        self._offloads = 0
+        self._borrowers: dict[int, Borrower] = {}
+        self._in_force: Settings = {}
+        self._before: Settings | None = None
+        self._live = 1
+        self._was_live = 1
+        self._down: Callable[[], None] | None = None
+
+    async def start(self) -> None:
+        try:
+            self._open()
+            self.interface, _ = tun.interface(self.queues[0])
+            self._offloads = tun.known_offloads(self.queues[0])
+            self._in_force = self._as_found()
+        except OSError as error:
+            raise SegueError(f"{self._option}: {error.strerror}") from None
+
+    # -- opening ----------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        params = self._option.params
+        given = params.get("fd") or params.get("fds")
+        if given is not None:
+            self.queues = [_given(self._option, word) for word in given.split(":")]
+        elif params.get("type") == "bridge" or params.get("helper") is not None:
+            self.queues = [self._from_helper()]
+        else:
+            self._open_device()
+
+    def _open_device(self) -> None:
+        params = self._option.params
+        count = params.number("queues", 1)
+        known = tun.features()
+        flags = tun.IFF_TAP | tun.IFF_NO_PI
+        if params.boolean("vnet_hdr", True):
+            flags |= known & tun.IFF_VNET_HDR
+        if count > 1:
+            flags |= tun.IFF_MULTI_QUEUE
+        name = params.get("ifname") or "tap%d"
+        try:
+            for _ in range(count):
+                fd, name = tun.open_queue(name, flags)
+                self.queues.append(fd)
+        except OSError as error:
+            raise SegueError(
+                f"could not configure {tun.DEVICE} ({name}): {error.strerror}"
+            ) from None
+        self.interface = name
+        script = params.get("script", _SCRIPT)
+        if script not in ("", "no", None):
+            _run_script(script, name)
+        down = params.get("downscript", _DOWN_SCRIPT)
+        if down not in ("", "no", None):
+            self._down = lambda: _run_script(down, name)
+
+    def _from_helper(self) -> int:
+        params = self._option.params
+        helper = params.get("helper") or _default_helper(self._program)
+        bridge = params.get("br") or _BRIDGE
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            arguments = ["--use-vnet", f"--fd={theirs.fileno()}"]
+            if " " in helper or "\t" in helper:
+                if "--br=" not in helper:
+                    arguments.append(f"--br={shlex.quote(bridge)}")
+                command = ["/bin/sh", "-c", " ".join([helper, *arguments])]
+            else:
+                command = [helper, *arguments, f"--br={bridge}"]
+            status = processes.run(command, pass_fds=(theirs.fileno(),))
+            theirs.close()
+            fds = socket.recv_fds(ours, 1, 1)[1] if status == 0 else []
+        if not fds:
+            raise SegueError(
+                f"the bridge helper failed: {helper} ended with {status}",
+                hint=f"is '{bridge}' allowed in /etc/qemu/bridge.conf?",
+            )
+        os.set_inheritable(fds[0], False)
+        os.set_blocking(fds[0], False)
+        return fds[0]
+
+    def _as_found(self) -> Settings:
+        found: Settings = {}
+        for setter, getter in tun.INT_SETTERS.items():
+            with contextlib.suppress(OSError):
+                found[0, setter] = tun.get_int(self.queues[0], getter)
+        found[0, tun.TUNSETOFFLOAD] = 0
+        for queue, fd in enumerate(self.queues):
+            flags = tun.interface(fd)[1]
+            if flags & tun.IFF_MULTI_QUEUE:
+                off = flags & tun.IFF_DETACH_QUEUE
+                found[queue, tun.TUNSETQUEUE] = off or tun.IFF_ATTACH_QUEUE
+        return found
+
+    # -- lending ----------------------------------------------------------------------------
+
+    def arguments(self, lending: Lending) -> list[str]:
+        places = []
+        for queue, fd in enumerate(self.queues):
+            place = Place(fd)
+            if not lending.first:
+                place.number = place.stand_in()
+            places.append(place)
+            lending.inherit(place.number)
+            watcher = Queue(self, lending.number, queue)
+            lending.guard.watch(place.number, [*tun.SETTERS, *tun.GETTERS], watcher)
+        self._borrowers[lending.number] = Borrower(lending.guard, places)
+        params = self._option.params.without(*_ORIGIN).set("type", "tap")
+        if lending.first:
+            for key in _VHOST_FDS:
+                for word in (params.get(key) or "").split(":"):
+                    if word.isdecimal():
+                        lending.inherit(int(word))
+        elif any(key in params for key in _VHOST_FDS):
+            params = params.without(*_VHOST_FDS).set("vhost", "on")
+        numbers = ":".join(str(place.number) for place in places)
+        key = "fds" if len(places) > 1 or "fds" in self._option.params else "fd"
+        return self._option.with_params(params.set(key, numbers)).argv()
+
+    def ioctl(self, instance: int, queue: int, call: Call) -> bool:
+        """What an instance asks of its queue; see `guard.Watcher`."""
+        fd, request = self.queues[queue], call.request
+        place = self._borrowers[instance].places[queue]
+        if instance == self._live and not self._lent(call.notification.pid, place.number, fd):
+            return False
+        if request in tun.GETTERS:
+            call.write(self._asked(instance, fd, request))
+            return True
+        value = self._value(call)
+        if instance != self._live:
+            if request == tun.TUNSETOFFLOAD and value & ~self._offloads:
+                raise OSError(22, "Invalid argument")
+            self._note(self._borrowers[instance].settings, queue, request, value)
+            return True
+        tun.set_value(fd, request, value)
+        self._note(self._in_force, queue, request, value)
+        return True
+
+    def _lent(self, pid: int, number: int, fd: int) -> bool:
+        """Whether the number still means our queue, or a stand-in for it."""
+        borrower = self._borrowers[self._live]
+        return borrower.off or tun.same_interface(pid, number, fd)
+
+    def _asked(self, instance: int, fd: int, request: int) -> bytes:
+        if instance != self._live:
+            for (_, setter), value in self._borrowers[instance].settings.items():
+                if tun.INT_SETTERS.get(setter) == request:
+                    return tun.INT.pack(value)
+        return tun.get(fd, request)
+
+    def _value(self, call: Call) -> int:
+        if call.request == tun.TUNSETOFFLOAD:
+            return call.argument
+        if call.request == tun.TUNSETQUEUE:
+            flags: int = tun.IFREQ.unpack(call.read(tun.IFREQ.size))[1]
+            return flags
+        value: int = tun.INT.unpack(call.read(tun.INT.size))[0]
+        if call.request == tun.TUNSETSTEERINGEBPF and value >= 0:
+            return processes.duplicate_of(call.notification.pid, value)
+        return value
+
+    # -- the transaction --------------------------------------------------------------------
+
+    def hold(self) -> None:
+        borrower = self._borrowers[self._live]
+        borrower.off = True
+        stand_ins = {place.number: place.stand_in() for place in borrower.places}
+        for place, queue in zip(borrower.places, self.queues, strict=True):
+            place.relay(queue)
+        # One that does not come round in time takes at most one packet of each queue with it.
+        with contextlib.suppress(SegueError):
+            borrower.guard.lend(stand_ins)
+
+    def pass_on(self, number: int) -> None:
+        self._end_relay(self._borrowers[self._live])
+        successor = self._borrowers[number]
+        self._before = dict(self._in_force)
+        self._was_live, self._live = self._live, number
+        self._set(successor.settings)
+        self._lend_queues(successor)
+
+    def restore(self) -> None:
+        if self._before is not None:
+            self._live = self._was_live
+            self._set(self._before)
+            self._before = None
+        borrower = self._borrowers[self._live]
+        if not borrower.off:
+            return
+        try:
+            self._lend_queues(borrower)
+        finally:
+            self._end_relay(borrower)
+
+    def _end_relay(self, borrower: Borrower) -> None:
+        for place, queue in zip(borrower.places, self.queues, strict=True):
+            place.end_relay(queue)
+
+    def switch(self, number: int) -> None:
+        self._before = None
+
+    def drop(self, number: int) -> None:
+        borrower = self._borrowers.pop(number, None)
+        if borrower is not None:
+            borrower.guard.close()
+            for place in borrower.places:
+                place.close()
+
+    def _lend_queues(self, borrower: Borrower) -> None:
+        numbers = [place.number for place in borrower.places]
+        borrower.guard.lend(dict(zip(numbers, self.queues, strict=True)))
+        borrower.off = False
+        for place in borrower.places:
+            place.wake()
+
+    def _set(self, settings: Settings) -> None:
+        """Bring the interface to these settings; what it refuses, it had refused before."""
+        for (queue, request), value in settings.items():
+            if request == tun.TUNSETQUEUE and self._in_force.get((queue, request)) == value:
+                continue
+            with contextlib.suppress(OSError):
+                tun.set_value(self.queues[queue], request, value)
+                self._note(self._in_force, queue, request, value)
+
+    def _note(self, settings: Settings, queue: int, request: int, value: int) -> None:
+        """What concerns the whole interface is noted once, whichever queue it was set by."""
+        if request != tun.TUNSETQUEUE:
+            queue = 0
+        old = settings.pop((queue, request), -1)
+        settings[queue, request] = value
+        if request == tun.TUNSETSTEERINGEBPF and old >= 0:
+            noted = [self._in_force, self._before or {}]
+            noted += [borrower.settings for borrower in self._borrowers.values()]
+            if not any(known.get((0, request)) == old for known in noted):
+                os.close(old)
+
+    # -- proof and end ----------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        known: dict[str, Any] = {"interface": self.interface, "queues": len(self.queues)}
+        with contextlib.suppress(OSError):  # in another network namespace
+            known["ifindex"] = socket.if_nametoindex(self.interface)
+        return known
+
+    def held_by(self, pid: int) -> bool:
+        borrower = self._borrowers[self._live]
+        return all(
+            tun.same_interface(pid, place.number, fd)
+            for place, fd in zip(borrower.places, self.queues, strict=True)
+        )
+
+    def close(self) -> None:
+        for number in list(self._borrowers):
+            self.drop(number)
+        if self._down is not None:
+            with contextlib.suppress(SegueError, OSError):
+                self._down()
+            self._down = None
+        for fd in self.queues:
+            os.close(fd)
+        self.queues = []
+
+
+def _is_writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A queue of a tap, in one instance."""
+
+    tap: Tap
+    instance: int
+    number: int
+
+    def ioctl(self, call: Call) -> bool:
+        return self.tap.ioctl(self.instance, self.number, call)
+
+
+def _given(option: Option, word: str) -> int:
+    """A descriptor that whoever started us passed on. Raises SegueError if it is no tap."""
+    try:
+        fd = int(word)
+        tun.interface(fd)
+        os.set_inheritable(fd, False)
+        os.set_blocking(fd, False)
+    except (OSError, ValueError):
+        raise SegueError(
+            f"{option}: {word} is not a tap's descriptor",
+            hint="pass the number of a descriptor that `segue run` inherits",
+        ) from None
+    return fd
+
+
+def _run_script(script: str, interface: str) -> None:
+    status = processes.run([script, interface])
+    if status != 0:
+        raise SegueError(
+            f"network script {script} failed with status {status}",
+            hint="script=no runs none" if not os.path.exists(script) else None,
+        )
+
+
+def _default_helper(program: str) -> str:
+    folder = Path(program).resolve().parent
+    for place in (*(folder / name for name in _HELPER_FOLDERS), Path("/usr/lib/qemu")):
+        if (place / _HELPER).exists():
+            return str((place / _HELPER).resolve())
+    return str(Path("/usr/lib/qemu") / _HELPER)
