@@ -106,3 +106,94 @@ def _spoil(guest: Any, mode: str, phase: str, fault: signal.Signals) -> dict[str
         other.command("x-segue-continue")
         receipt: dict[str, Any] = going.result(60)
         return receipt
+
+
+def test_cpr_exec_keeps_the_process(segue: Segue, place: Path) -> None:
+    guest = segue.start("guest", tiny(place, "11.1"))
+    console = watch(guest, place)
+    pid = guest.qemu_pid
+    typed = b""
+    for number, mode in enumerate(("cpr-exec", "cpr-exec", "handover", "cpr-exec", "cpr-transfer")):
+        console.send(letters := bytes([ord("A") + number]) * 5)
+        typed += letters
+        receipt = guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
+        assert (guest.qemu_pid == pid) == (mode == "cpr-exec")
+        assert all(kept.get("held", True) for kept in receipt["kept"]), receipt["kept"]
+        assert not receipt["warnings"]
+        pid = guest.qemu_pid
+        unharmed(console)
+    witness = console.witness
+    assert witness is not None
+    console.wait(lambda: bytes(witness.heard) == typed, "the guest hearing all that was typed")
+
+
+# What a new binary does when QEMU has executed it; the rehearsal before finds nothing wrong.
+DYING = {
+    "exits at once": "exit 3",
+    "is not there any more": "rm $0; exec /nothing",
+    "hangs": "exec sleep 1000",
+    "refuses the state": 'exec {qemu} "$@" -machine hpet=off',
+}
+
+
+@pytest.mark.parametrize("how", DYING)
+def test_cpr_exec_starts_the_old_binary_again(segue: Segue, place: Path, how: str) -> None:
+    guest = segue.start("guest", tiny(place, "11.1"))
+    console = watch(guest, place)
+    new = place / "qemu-new"
+    new.write_text(
+        f'#!/bin/sh\n[ -z "$QEMU_CPR_EXEC_STATE" ] && exec {qemu("11.1")} "$@"\n'
+        + DYING[how].format(qemu=qemu("11.1"))
+        + "\n"
+    )
+    new.chmod(0o755)
+    before = sorted(p.name for p in guest.directory.iterdir())
+    with guest.qmp() as qmp:
+        arguments = {"mode": "cpr-exec", "to": str(new), "force": True, "x-limits": {"move": 2}}
+        receipt = qmp.command("segue-upgrade", arguments)
+    assert receipt["result"] in ("failed", "timed-out"), receipt
+    assert receipt["rehearsal"]["result"] == "rehearsed"
+    assert receipt["guest"].startswith("running on the incumbent's binary again")
+    assert guest.status()["binary"] == qemu("11.1")
+    assert sorted({p.name for p in guest.directory.iterdir()} - {"receipts.jsonl"}) == before
+    unharmed(console)
+    for mode in ("cpr-exec", "handover"):
+        guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
+        unharmed(console)
+
+
+def test_cpr_exec_of_what_fails_the_rehearsal(segue: Segue, place: Path) -> None:
+    """Nothing is executed then."""
+    guest = segue.start("guest", tiny(place, "11.1"))
+    console = watch(guest, place)
+    pid = guest.qemu_pid
+    new = place / "qemu-new"
+    new.write_text(f'#!/bin/sh\ncase "$*" in *defer*) exit 3;; esac\nexec {qemu("11.1")} "$@"\n')
+    new.chmod(0o755)
+    receipt = guest.upgrade("--to", str(new), "--mode", "cpr-exec", "--force", status=1)
+    assert receipt["rehearsal"]["result"] == "failed"
+    assert receipt["guest"] == "running on the incumbent"
+    assert guest.qemu_pid == pid
+    unharmed(console)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_cpr_exec_comes_back_until_the_last_step(
+    segue: Segue, place: Path, fault: signal.Signals
+) -> None:
+    guest = segue.start("guest", tiny(place, "11.1"))
+    console = watch(guest, place)
+    pid = guest.qemu_pid
+    with guest.qmp() as qmp, guest.qmp() as other:
+        arguments = {"mode": "cpr-exec", "force": True, "x-break": ["commit"]}
+        going = qmp.begin("segue-upgrade", arguments | {"x-limits": {"commit": 1}})
+        qmp.event(phase="commit", state="break")
+        os.kill(pid, fault)
+        other.command("x-segue-continue")
+        receipt = going.result(60)
+    assert receipt["result"] in ("failed", "timed-out"), receipt
+    assert receipt["guest"].startswith("running on the incumbent's binary again")
+    unharmed(console)
+    assert guest.qemu_pid != pid
+    guest.handed_over("--mode", "cpr-exec", "--force")
+    unharmed(console)

@@ -7,6 +7,7 @@ not where somebody copies a new kernel over the old one.)
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
@@ -48,8 +49,12 @@ class KeptFile(Kept):
 
     def held_by(self, pid: int) -> bool:
         ours = os.fstat(self.fd)
-        theirs = os.stat(f"/proc/{pid}/fd/{self.fd}")
-        return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                theirs = os.stat(f"/proc/{pid}/fd/{name}")
+                if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino):
+                    return True
+        return False
 
     def close(self) -> None:
         if self.fd >= 0:

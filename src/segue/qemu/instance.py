@@ -293,9 +293,12 @@ class Instance:
     def _read_stderr(self, fd: int, on_stderr: Callable[[bytes], None]) -> None:
         os.set_blocking(fd, False)
         rest = b""
+        at_end = False
 
         def readable() -> None:
-            nonlocal rest
+            nonlocal rest, at_end
+            if at_end:
+                return
             try:
                 chunk = os.read(fd, 65536)
             except BlockingIOError:
@@ -303,7 +306,7 @@ class Instance:
             if not chunk:
                 self._loop.remove_reader(fd)
                 os.close(fd)
-                self._read_last_words = lambda: None
+                at_end = True
                 return
             on_stderr(chunk)
             *lines, rest = (rest + chunk).split(b"\n")

@@ -73,10 +73,11 @@ class CprExec(Handover):
         ours, theirs = socket.socketpair()
         argv += monitor_words(lending.inherit(theirs.fileno()))
         lending.inherit(ours.fileno())
-        most, _ = resource.prlimit(self.incumbent.pid, resource.RLIMIT_NOFILE)
+        # Every instance has the supervisor's own limits.
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if max(lending.numbers.values()) >= most:
             raise Refused(
-                f"QEMU (pid {self.incumbent.pid}) may open {most} files only",
+                f"QEMU may open {most} files only",
                 hint="start the machine with a higher `ulimit -n`, or use --mode handover",
             )
         return _Place(lending, argv, ours, theirs)
