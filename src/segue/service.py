@@ -25,16 +25,18 @@ class Service:
         self._supervisor = supervisor
 
     def commands(self) -> dict[str, Command]:
-        upgrade = {
+        upgrade: dict[str, Any] = {
             "to": (str, False),
             "rehearse": (bool, False),
             "force": (bool, False),
             "timeout": (float, False),
             "mode": (str, False),
         }
+        suspend: dict[str, Any] = {"to": (str, True)}
         testing = []
         if breakpoints.allowed():
-            upgrade |= {"x-break": (list, False), "x-limits": (dict, False)}
+            for command in (upgrade, suspend):
+                command |= {"x-break": (list, False), "x-limits": (dict, False)}
             testing.append(Command("x-segue-continue", self.go_on, read_only=True))
         return {
             c.name: c
@@ -48,6 +50,7 @@ class Service:
                     read_only=True,
                 ),
                 Command("segue-upgrade", self.upgrade, upgrade),
+                Command("segue-suspend", self.suspend, suspend),
                 Command("segue-history", self.history, read_only=True),
                 Command("segue-stop", self.stop, {"timeout": (float, False)}),
             )
@@ -89,6 +92,15 @@ class Service:
             timeout=arguments.get("timeout"),
             progress=self._progress,
             mode=_mode(arguments),
+            breaks=arguments.get("x-break", ()),
+            limits=arguments.get("x-limits"),
+        )
+        return receipt.to_json()
+
+    async def suspend(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        receipt = await self._supervisor.upgrader.suspend(
+            Path(arguments["to"]),
+            progress=self._progress,
             breaks=arguments.get("x-break", ()),
             limits=arguments.get("x-limits"),
         )

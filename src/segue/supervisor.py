@@ -21,11 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import segue
 from segue.errors import SegueError
 from segue.kept.base import Lending
 from segue.kept.broker import Broker
 from segue.kept.description import Description, describe
+from segue.kept.files import KeptFile
 from segue.kept.mux import Mux
+from segue.kept.ram import GuestRam
 from segue.machines import MachineDirectory, default_name
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
@@ -36,6 +39,8 @@ from segue.qemu.options import Params
 from segue.qmp.gate import Gate
 from segue.qmp.server import QmpServer
 from segue.service import Service
+from segue.suspended import Suspended
+from segue.upgrade import resume, scout
 from segue.upgrade.journal import Journal
 from segue.upgrade.upgrader import Upgrader
 
@@ -49,13 +54,25 @@ _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 _ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HISTORY = 1000
+# Seconds for the answer to what has ended the machine.
+_LAST_ANSWERS = 2.0
 
 
 class Supervisor:
     """The life of one machine, from `run` to the end of its last instance."""
 
-    def __init__(self, directory: MachineDirectory, line: CommandLine, *, detached: bool) -> None:
+    def __init__(
+        self,
+        directory: MachineDirectory,
+        line: CommandLine,
+        *,
+        detached: bool,
+        suspended: Suspended | None = None,
+        to: Path | None = None,
+    ) -> None:
         self.directory = directory
+        self._suspended = suspended
+        self._to = to
         self.line = line
         self.detached = detached
         self.since = time.time()
@@ -97,6 +114,7 @@ class Supervisor:
                 ready()
                 status = await self._ended
                 await self.upgrader.finished()
+                await self.server.finish(_LAST_ANSWERS)
                 return status
         finally:
             for task in self._tasks:
@@ -105,8 +123,12 @@ class Supervisor:
             self.directory.remove()
 
     async def _start(self, stack: contextlib.ExitStack) -> None:
-        self.binary = await probe(Path(self.line.program))
+        self.binary = await probe(self._to or Path(self.line.program))
         self.machine = describe(self.line, self.binary)
+        if self._suspended is not None:
+            self._suspended.point_at_files(
+                [kept for kept in self.machine.kept if isinstance(kept, KeptFile)]
+            )
         self._log = os.open(
             self.directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
         )
@@ -122,9 +144,11 @@ class Supervisor:
         self._serve_console(stack)
         self.journal = Journal(self.directory.journal)
         stack.callback(self.journal.close)
-        self.instance = self.spawn(Lending(1, self.binary))
+        self.instance = self.spawn(await self._first_lending())
         stack.callback(self._kill_whatever_is_left)
         await self.instance.connect(timeout=86400)
+        if self._suspended is not None:
+            await resume.load(self._suspended, self.instance)
         self.server = QmpServer(Service(self).commands(), gate=self.gate)
         stack.callback(self.server.close)
         self.server.listen_unix(self.directory.qmp)
@@ -132,8 +156,34 @@ class Supervisor:
             self._serve_control(chardev.params, pretty)
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
+        if self._suspended is not None:
+            self.machine.values.recall(self._suspended.machine["values"])
+            await resume.go_on(self._suspended, self.instance)
         self.started = mapped.remember(self.binary.path, self.instance.pid)
         await self.refresh()
+
+    async def _first_lending(self) -> Lending:
+        """What a resumed machine is given is what a successor would be."""
+        if self._suspended is None:
+            return Lending(1, self.binary)
+        self.machine.values.recall(self._suspended.machine["values"])
+        cpu = await scout.cpu(self.machine, self.binary) if self.machine.values.cpu else {}
+        ram = [kept for kept in self.machine.kept if isinstance(kept, GuestRam)]
+        await asyncio.to_thread(self._suspended.fill, ram)
+        return Lending(self.upgrader.next_number(), self.binary, cpu)
+
+    def to_suspend(self) -> dict[str, Any]:
+        """What machine.json says of the machine itself (suspended.py)."""
+        return {
+            "segue": segue.__version__,
+            "name": self.directory.name,
+            "command": self.line.argv(),
+            "directory": os.getcwd(),
+            "binary": str(self.binary.path),
+            "qemu_version": self.binary.version_text,
+            "build_id": self.binary.build_id,
+            "values": self.machine.values.to_json(),
+        }
 
     def spawn(self, lending: Lending) -> Instance:
         """Start an instance, not yet connected."""
@@ -419,15 +469,27 @@ def run(name: str | None, argv: list[str], *, detach: bool) -> int:
     return _supervise(name, line, detached=False, ready=lambda: None)
 
 
-def _supervise(name: str | None, line: CommandLine, *, detached: bool, ready: Any) -> int:
+def run_suspended(suspended: Suspended, name: str, to: Path | None, *, detach: bool) -> int:
+    """`segue resume`: as `run`, with the guest that lies in a directory."""
+    line = CommandLine.parse(suspended.argv)
+    os.chdir(suspended.machine["directory"])
+    more = {"suspended": suspended, "to": to}
+    if detach:
+        return _detached(name, line, **more)
+    return _supervise(name, line, detached=False, ready=lambda: None, **more)
+
+
+def _supervise(
+    name: str | None, line: CommandLine, *, detached: bool, ready: Any, **more: Any
+) -> int:
     # Until the loop can handle them: what is made from here on must not be left behind.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     directory = MachineDirectory.create(name or default_name(line.argv()))
-    supervisor = Supervisor(directory, line, detached=detached)
+    supervisor = Supervisor(directory, line, detached=detached, **more)
     return asyncio.run(supervisor.run(ready))
 
 
-def _detached(name: str | None, line: CommandLine) -> int:
+def _detached(name: str | None, line: CommandLine, **more: Any) -> int:
     """Return when the guest runs, as `-daemonize` does; the child goes on by itself.
 
     Until then the child has the user's stderr, so an error is seen as in the foreground.
@@ -457,4 +519,4 @@ def _detached(name: str | None, line: CommandLine) -> int:
         os.write(write_end, b"1")
         os.close(write_end)
 
-    return _supervise(name, line, detached=True, ready=ready)
+    return _supervise(name, line, detached=True, ready=ready, **more)

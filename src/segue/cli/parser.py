@@ -28,6 +28,8 @@ COMMANDS = (
     "history",
     "console",
     "qmp",
+    "suspend",
+    "resume",
     "stop",
     "demo",
     "completion",

@@ -31,12 +31,13 @@ class KeptFile(Kept):
 
     def __init__(self, path: Path, words: Callable[[str], list[str]]) -> None:
         self.name = str(path)
+        self.source = path
         self.fd = -1
         self._words = words
 
     async def start(self) -> None:
         try:
-            self.fd = sealed_copy(Path(self.name))
+            self.fd = sealed_copy(self.source)
         except OSError as error:
             raise SegueError(f"cannot read '{self.name}': {error.strerror}") from None
 

@@ -109,6 +109,11 @@ class GuestRam(Kept):
             os.close(fd)
         self._copies.clear()
 
+    @property
+    def place(self) -> Path | None:
+        """The file of the user's in which this memory lies, and stays when the machine is gone."""
+        return self._origin if self._origin is not None and self._origin.is_file() else None
+
     def identity(self) -> dict[str, Any]:
         status = os.fstat(self.fd)
         return {"device": status.st_dev, "inode": status.st_ino, "bytes": self.size}

@@ -35,6 +35,13 @@ class Values:
         if self.cpu_model is not None:
             self.cpu = await expand_cpu(monitor, self.cpu_model)
 
+    def to_json(self) -> dict[str, Any]:
+        return {"machine_type": self.machine_type, "cpu": self.cpu}
+
+    def recall(self, noted: dict[str, Any]) -> None:
+        """What another supervisor noted of this machine, by `to_json`."""
+        self.machine_type, self.cpu = noted["machine_type"], noted["cpu"]
+
     def cpu_arguments(self, target: dict[str, Any]) -> str:
         """`-cpu`'s value for a target whose own expansion of the model is `target`.
 

@@ -138,6 +138,11 @@ class QmpServer:
                 request.close_fds()
         self.log.info("%s is gone: %s", client, why)
 
+    async def finish(self, limit: float) -> None:
+        """Have those answered whose commands of ours are under way, for `limit` seconds."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=limit)
+
     def close(self) -> None:
         """Close every connection and listening socket; handlers under way are cancelled."""
         for task in self._tasks:

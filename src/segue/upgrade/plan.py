@@ -51,7 +51,7 @@ async def make(
         *machine.draft.blockers,
         *judged[mode.name],
         *_binary(machine, running, target),
-        *await _incumbent(incumbent),
+        *await incumbent_blockers(incumbent),
     ]
     if target.target == running.target:
         blockers += await _devices(incumbent, target)
@@ -147,7 +147,7 @@ async def _device_types(incumbent: Instance) -> set[str]:
     return types
 
 
-async def _incumbent(incumbent: Instance) -> list[Blocker]:
+async def incumbent_blockers(incumbent: Instance) -> list[Blocker]:
     """What the running QEMU itself says against being migrated."""
     answer = await incumbent.monitor.execute("query-migrate")
     return [

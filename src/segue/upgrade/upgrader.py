@@ -8,7 +8,7 @@ import gc
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from segue.upgrade.modes import AUTO, MODES, Mode
 from segue.upgrade.phases import PLAN
 from segue.upgrade.plan import Plan
 from segue.upgrade.receipt import CURRENT, DONE, FAILED, LOST, REFUSED, REHEARSED, Receipt, Side
+from segue.upgrade.suspend import Suspend
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -55,6 +56,7 @@ class Host(Protocol):
         command: list[str],
         environment: dict[str, str],
     ) -> Instance: ...
+    def to_suspend(self) -> dict[str, Any]: ...
     def adopt(self, instance: Instance) -> None: ...
     def serve(self, instance: Instance) -> None: ...
     def suppress(self, on: bool) -> None: ...
@@ -75,6 +77,11 @@ class Upgrader:
         self._handover: Handover | None = None
         self._limits: Mapping[str, float] = {}
         self.breakpoints = Breakpoints()
+
+    def next_number(self) -> int:
+        """For the next instance; they count from 1."""
+        self._number += 1
+        return self._number
 
     @property
     def busy(self) -> bool:
@@ -113,26 +120,77 @@ class Upgrader:
             machine=host.name, started=time.time(), source=_side(host.binary, host.instance.pid)
         )
         if self._task is not None:
-            receipt.failed(
-                Refused(
-                    "an upgrade of this machine is already under way",
-                    hint="wait for its end; `segue history` shows it then",
-                    guest="in the hands of the other upgrade",
-                )
-            )
+            receipt.failed(_busy())
             return receipt
         self.breakpoints = Breakpoints(breaks, progress)
         self._limits = limits or {}
         limbo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.ensure_future(
-            self._run(
-                receipt, to or host.binary.path, mode, rehearse, force, timeout, progress, limbo
+            self._recorded(
+                receipt,
+                self._run(
+                    receipt, to or host.binary.path, mode, rehearse, force, timeout, progress, limbo
+                ),
             )
         )
         await asyncio.wait((self._task, limbo), return_when=asyncio.FIRST_COMPLETED)
         if not limbo.done():
             limbo.cancel()
         return receipt
+
+    async def suspend(
+        self,
+        to: Path,
+        *,
+        progress: Progress,
+        breaks: Collection[str] = (),
+        limits: Mapping[str, float] | None = None,
+    ) -> Receipt:
+        """Put the machine into a directory; afterwards it has ended. As `upgrade` otherwise."""
+        host = self._host
+        source = _side(host.binary, host.instance.pid)
+        receipt = Receipt(machine=host.name, started=time.time(), source=source, mode="suspend")
+        if self._task is not None:
+            receipt.failed(_busy())
+            return receipt
+        self.breakpoints = Breakpoints(breaks, progress)
+        self._limits = limits or {}
+        self._task = asyncio.ensure_future(
+            self._recorded(receipt, self._suspend(receipt, to, progress))
+        )
+        return await asyncio.shield(self._task)
+
+    async def _suspend(self, receipt: Receipt, to: Path, progress: Progress) -> None:
+        host = self._host
+        blockers = [*host.machine.draft.blockers, *await planning.incumbent_blockers(host.instance)]
+        if blockers:
+            receipt.failed(
+                Refused(
+                    "this machine cannot be suspended",
+                    hint="see the blockers; nothing was touched",
+                    blockers=tuple(blockers),
+                )
+            )
+            return
+        for kept in host.machine.kept:
+            await kept.quiet()
+        suspend = Suspend(
+            incumbent=host.instance,
+            target=host.binary.target,
+            surroundings=self._surroundings(
+                lambda back: Lending(0, host.binary),
+                receipt,
+                progress,
+                asyncio.get_running_loop().create_future(),
+                "",
+            ),
+            receipt=receipt,
+            limits=self._limits,
+            to=to,
+            machine=host.to_suspend(),
+        )
+        self._handover = suspend
+        await suspend.run()
 
     def call_off(self) -> None:
         """Undo an upgrade that has not reached its commit point."""
@@ -148,40 +206,15 @@ class Upgrader:
         while self._task is not None:
             await asyncio.wait((self._task,))
 
-    async def _run(
-        self,
-        receipt: Receipt,
-        to: Path,
-        mode: str,
-        rehearse: bool,
-        force: bool,
-        timeout: float | None,
-        progress: Progress,
-        limbo: asyncio.Future[None],
-    ) -> Receipt:
+    async def _recorded(self, receipt: Receipt, work: Awaitable[None]) -> Receipt:
+        """Do the work of one transaction, and record how it ended."""
         host = self._host
         incumbent = host.instance
         # A collection of garbage takes longer than all that we do in the blackout.
         gc.collect()
         gc.disable()
         try:
-            plan = await self._plan(receipt, to, mode, progress)
-            if plan is None:
-                return receipt
-            if plan.current and not force and not rehearse:
-                receipt.result = CURRENT
-                return receipt
-            for kept in host.machine.kept:
-                await kept.quiet()
-            if plan.mode.rehearsal is not None:
-                rehearsal = await self._rehearse(plan, receipt, timeout, progress, limbo)
-                if rehearse or rehearsal.result != REHEARSED:
-                    return receipt
-                receipt.result = FAILED
-            await self._attempt(plan, plan.mode, receipt, rehearse, timeout, progress, limbo)
-            if receipt.result == DONE:
-                host.upgraded(plan.target)
-                receipt.kept = host.machine.receipts_of(host.instance.pid)
+            await work
             return receipt
         finally:
             gc.enable()
@@ -192,6 +225,36 @@ class Upgrader:
             host.record(receipt.to_json())
             with contextlib.suppress(SegueError):
                 await host.refresh()
+
+    async def _run(
+        self,
+        receipt: Receipt,
+        to: Path,
+        mode: str,
+        rehearse: bool,
+        force: bool,
+        timeout: float | None,
+        progress: Progress,
+        limbo: asyncio.Future[None],
+    ) -> None:
+        host = self._host
+        plan = await self._plan(receipt, to, mode, progress)
+        if plan is None:
+            return
+        if plan.current and not force and not rehearse:
+            receipt.result = CURRENT
+            return
+        for kept in host.machine.kept:
+            await kept.quiet()
+        if plan.mode.rehearsal is not None:
+            rehearsal = await self._rehearse(plan, receipt, timeout, progress, limbo)
+            if rehearse or rehearsal.result != REHEARSED:
+                return
+            receipt.result = FAILED
+        await self._attempt(plan, plan.mode, receipt, rehearse, timeout, progress, limbo)
+        if receipt.result == DONE:
+            host.upgraded(plan.target)
+            receipt.kept = host.machine.receipts_of(host.instance.pid)
 
     async def _rehearse(
         self,
@@ -231,9 +294,8 @@ class Upgrader:
         host = self._host
 
         def lend(back: bool) -> Lending:
-            self._number += 1
             return Lending(
-                self._number,
+                self.next_number(),
                 host.binary if back else plan.target,
                 {} if back else plan.cpu,
                 incoming=mode.incoming(host.run_directory),
@@ -345,6 +407,9 @@ class Upgrader:
         current = host.instance
         if current.running:
             return
+        if receipt.mode == "suspend" and receipt.result == DONE:
+            host.end(0)
+            return
         if receipt.result != LOST:
             receipt.result = LOST
             receipt.guest = "lost"
@@ -354,3 +419,11 @@ class Upgrader:
 
 def _side(binary: Binary, pid: int | None) -> Side:
     return Side(str(binary.path), binary.version_text, binary.build_id, pid)
+
+
+def _busy() -> Refused:
+    return Refused(
+        "an upgrade of this machine is already under way",
+        hint="wait for its end; `segue history` shows it then",
+        guest="in the hands of the other upgrade",
+    )

@@ -1,0 +1,165 @@
+"""A machine is put into a directory and goes on later; nothing is lost, nothing happens twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.harness import Client, Machine, Segue, alive, qemu, wait_until
+
+
+def suspend(guest: Machine, to: Path, status: int = 0) -> dict[str, object]:
+    done = guest.segue("suspend", guest.name, "--to", str(to), "--json")
+    assert done.returncode == status, (done.stdout, done.stderr)
+    receipt: dict[str, object] = json.loads(done.stdout)
+    return receipt
+
+
+def resume(segue: Segue, directory: Path, *more: str) -> Machine:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "segue", "resume", str(directory), *more],
+        env=segue.environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    machine = Machine(segue, "guest", process)
+    segue.machines.append(machine)
+    status = segue.root / "guest/status.json"
+    wait_until("the resuming", lambda: status.exists() or process.poll() is not None)
+    assert process.poll() is None
+    return machine
+
+
+def follow(before: Client, guest: Machine, place: Path) -> Client:
+    """A new client, whose witness goes on where that of the last one stopped."""
+    after = guest.connect(place / "console")
+    after.witness = before.witness
+    return after
+
+
+@pytest.mark.parametrize(("first", "then"), [("7.2", "7.2"), ("7.2", "11.1"), ("11.1", "10.0")])
+def test_a_guest_goes_on_where_it_stopped(segue: Segue, place: Path, first: str, then: str) -> None:
+    guest = segue.start("guest", tiny(place, first, "-M", "pc-q35-7.2"))
+    console = watch(guest, place)
+    pid, directory = guest.qemu_pid, place / "suspended"
+    receipt = suspend(guest, directory)
+    assert receipt["result"] == "done"
+    assert receipt["guest"] == f"suspended in {directory}"
+    assert guest.wait() == 0
+    assert not alive(pid)
+    console.wait(lambda: console.closed, "the end of the console")
+    ticks = console.witness and console.witness.ticks
+    again = resume(segue, directory, "--to", qemu(then))
+    after = again.connect(place / "console")
+    after.expect(rb"tick \d+\r\n")
+    after.expect(rb"nonce \w+")
+    assert ticks
+    first_tick = int(after.expect(rb"tick (\d+)\r\n").group(1))
+    assert ticks <= first_tick < ticks + 10_000
+    assert not directory.exists()
+    again.handed_over("--to", qemu("10.0"), "--force")
+    after.close()
+    unharmed(watch(again, place))
+
+
+def test_what_cannot_be_resumed_is_left_as_it_was(segue: Segue, place: Path) -> None:
+    disk = place / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    guest = segue.start("guest", tiny(place, "10.0", "-drive", f"file={disk},if=virtio,format=raw"))
+    watch(guest, place)
+    directory = place / "suspended"
+    suspend(guest, directory)
+    assert guest.wait() == 0
+
+    def refused(why: str) -> None:
+        before = {p.name: p.read_bytes() for p in directory.iterdir()}
+        done = segue("resume", str(directory))
+        assert done.returncode == 5, done
+        assert why in done.stderr
+        assert "Traceback" not in done.stderr
+        assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+
+    stamp = disk.stat()
+    disk.write_bytes(b"x" * (1 << 20))
+    refused("is not what it was")
+    disk.write_bytes(bytes(1 << 20))
+    os.utime(disk, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    for name in ("state", "ram-0", "file-0", "machine.json"):
+        path = directory / name
+        kept = place / "kept"
+        shutil.copyfile(path, kept)
+        for spoil in (_truncate, _flip):
+            spoil(path)
+            refused("damaged")
+            shutil.copyfile(kept, path)
+    failed = segue("resume", str(directory), "--to", "/bin/true")
+    assert failed.returncode == 5, failed
+    again = resume(segue, directory)
+    unharmed(watch(again, place))
+    assert segue("resume", str(directory)).returncode == 5
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        end = os.lseek(file.fileno(), 0, os.SEEK_DATA) + 40
+        file.seek(end)
+        byte = file.read(1)
+        file.seek(end)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_target_that_does_not_load_it(segue: Segue, place: Path) -> None:
+    guest = segue.start("guest", tiny(place, "10.0"))
+    watch(guest, place)
+    directory = place / "suspended"
+    suspend(guest, directory)
+    guest.wait()
+    bad = place / "qemu-bad"
+    hpet = 'case "$*" in *defer*) set -- "$@" -machine hpet=off;; esac'
+    bad.write_text(f'#!/bin/sh\n{hpet}\nexec {qemu("10.0")} "$@"\n')
+    bad.chmod(0o755)
+    done = segue("resume", str(directory), "--to", str(bad))
+    assert done.returncode == 1, done
+    assert "could not be loaded" in done.stderr
+    assert "suspended in" in done.stderr
+    unharmed(watch(resume(segue, directory), place))
+
+
+@pytest.mark.parametrize("phase", ["prepare", "open", "hold", "move", "commit"])
+def test_a_suspend_that_is_called_off(segue: Segue, place: Path, phase: str) -> None:
+    """In every phase: the guest runs on, and there is no directory."""
+    guest = segue.start("guest", tiny(place, "10.0"))
+    console = watch(guest, place)
+    directory = place / "suspended"
+    with guest.qmp() as qmp, guest.qmp() as other:
+        going = qmp.begin(
+            "segue-suspend",
+            {"to": str(directory), "x-break": [phase], "x-limits": {phase: 0.000001}},
+        )
+        qmp.event(phase=phase, state="break")
+        other.command("x-segue-continue")
+        receipt = going.result(60)
+    assert receipt["result"] == "timed-out", receipt
+    assert not directory.exists()
+    unharmed(console)
+    guest.handed_over("--to", qemu("11.1"))
+    unharmed(console)
+
+
+def test_a_directory_that_is_not_empty(segue: Segue, place: Path) -> None:
+    guest = segue.start("guest", tiny(place, "10.0"))
+    console = watch(guest, place)
+    receipt = suspend(guest, place, status=5)
+    assert "not empty" in str(receipt["error"])
+    unharmed(console)
