@@ -49,7 +49,7 @@ def test_auto_says_which_and_why(segue: Segue, place: Path) -> None:
     done = segue("check", "guest", "--to", qemu("10.0"))
     assert done.returncode == 0
     assert "mode handover: possible" in done.stdout
-    assert "mode cpr-transfer: mode cpr-transfer: QEMU 7.2" in done.stdout
+    assert "mode cpr-transfer: QEMU 7.2" in done.stdout
     refused = segue("upgrade", "guest", "--to", qemu("10.0"), "--mode", "cpr-transfer")
     assert refused.returncode == 5
     assert "--mode handover" in refused.stderr

@@ -46,6 +46,12 @@ def plan(**changes: Any) -> dict[str, Any]:
         "from": {"path": "/usr/bin/qemu", "version": "7.2.22"},
         "to": {"path": "/opt/qemu", "version": "10.0.2", "build_id": "bb"},
         "current": False,
+        "mode": "handover",
+        "why": "it is the shortest",
+        "modes": {
+            "handover": [],
+            "cpr-exec": [{"what": "it", "why": "it is too old", "remedy": "wait"}],
+        },
         "blockers": [],
         "not_kept": [],
         "notes": [],
@@ -217,6 +223,8 @@ def test_check_that_would_go_through(
     assert capfd.readouterr().out.splitlines() == [
         "web: QEMU 7.2.22 → 10.0.2 (/opt/qemu)",
         "  not kept: VNC viewers: they reconnect",
+        "  mode handover: possible  (it is the shortest)",
+        "  mode cpr-exec: it is too old (wait)",
         "  note: deprecated",
         "  nothing stands in the way",
     ]
@@ -240,7 +248,9 @@ def test_check_when_there_is_nothing_to_do(
 ) -> None:
     supervised("web", {"segue-check": plan(current=True)})
     assert main(["check", "web"]) == 0
-    assert capfd.readouterr().out == "web: already runs QEMU 10.0.2 (/opt/qemu)\n"
+    said = capfd.readouterr().out.splitlines()
+    assert said[0] == "web: already runs QEMU 10.0.2 (/opt/qemu)"
+    assert "  nothing stands in the way" not in said
 
 
 def test_history_in_order(supervised: Supervised, capfd: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def _show(name: str, plan: Mapping[str, Any]) -> None:
         print(f"  not kept: {output.one_line(loss['what'])}: {output.one_line(loss['why'])}")
     for mode, reasons in plan["modes"].items():
         chosen = f"  ({plan['why']})" if mode == plan["mode"] else ""
-        against = "; ".join(output.blocker_text(reason) for reason in reasons)
+        against = "; ".join(f"{r['why']} ({r['remedy']})" for r in reasons)
         print(f"  mode {mode}: {against or 'possible'}{chosen}")
     for note in plan["notes"]:
         print(f"  note: {output.one_line(note)}")

@@ -37,8 +37,8 @@ def declare(commands: Commands) -> None:
     parser = commands.add_parser(
         "upgrade",
         help="replace the QEMU of a machine",
-        usage="segue upgrade (NAME | --all) [--to BIN] [--mode MODE] [--rehearse] [--force] "
-        "[--timeout S]",
+        usage="segue upgrade (NAME | --all) [--to BIN] [--mode MODE]\n"
+        "                     [--rehearse] [--force] [--timeout S]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
