@@ -16,6 +16,11 @@ from segue.errors import CommandFailed
 from segue.qemu import migration
 from segue.upgrade.handover import Handover
 
+# In this mode all RAM stays out of the stream anyway; with x-ignore-shared the successor would
+# compare where the guest has mapped its video memory, and refuse.
+_SENDER = migration.SENDER - {"x-ignore-shared"}
+_RECEIVER = migration.RECEIVER - {"x-ignore-shared"}
+
 _CPR, _MAIN = "cpr.sock", "main.sock"
 
 
@@ -36,7 +41,7 @@ class CprTransfer(Handover):
         for name in (_CPR, _MAIN):
             self._stack.callback((directory / name).unlink, missing_ok=True)
         old = self.incumbent.monitor
-        self._before = await migration.configure(old, migration.SENDER, mode="cpr-transfer")
+        self._before = await migration.configure(old, _SENDER, mode="cpr-transfer")
         channels = [_channel("main", directory / _MAIN), _channel("cpr", directory / _CPR)]
         while True:
             # There is nothing to wait for but that the successor listens.
@@ -50,7 +55,7 @@ class CprTransfer(Handover):
 
     async def _configure(self) -> None:
         assert self.successor is not None
-        self._fresh = await migration.configure(self.successor.monitor, migration.RECEIVER)
+        self._fresh = await migration.configure(self.successor.monitor, _RECEIVER)
 
     async def _open_channel(self) -> None:
         """The successor makes it in `_begin`: that stops the guest."""
