@@ -1,4 +1,4 @@
-"""A real Linux guest through every mode, and through a directory: no beat lost, the disk verified."""
+"""A Linux guest through every mode and through a directory: no beat lost, the disk verified."""
 
 from __future__ import annotations
 
