@@ -158,7 +158,7 @@ class Supervisor:
         await self.machine.learn(self.instance.monitor)
         if self._suspended is not None:
             self.machine.values.recall(self._suspended.machine["values"])
-            await resume.go_on(self._suspended, self.instance)
+            await resume.go_on(self._suspended, self.instance, self.run_directory)
         self.started = mapped.remember(self.binary.path, self.instance.pid)
         await self.refresh()
 

@@ -249,6 +249,8 @@ class CprExec(Handover):
         )
         self._connection.close()
         await self._load(old)
+        if self.loses_interrupts:
+            await self._give_again(old)
         if self._was_running and not self._stopped_itself():
             await old.monitor.execute("cont")
         self._switch()

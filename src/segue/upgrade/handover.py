@@ -24,6 +24,7 @@ from segue.errors import (
     GuestLost,
     InstanceDied,
     MonitorClosed,
+    QemuError,
     Refused,
     SegueError,
     TimedOut,
@@ -33,7 +34,7 @@ from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
 from segue.qemu.monitor import Event
-from segue.upgrade import compare, images, placement
+from segue.upgrade import compare, images, interrupts, placement
 from segue.upgrade.journal import Journal
 from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, Phase
 from segue.upgrade.receipt import DONE, REHEARSED, Receipt
@@ -89,7 +90,8 @@ class Surroundings:
 class Handover:
     """One attempt. `timeout` bounds all that comes before commit, in seconds.
 
-    `limits` are seconds by phase, where they are not to be those of phases.py.
+    `limits` are seconds by phase, where they are not to be those of phases.py. With
+    `loses_interrupts` whoever goes on with the guest is given them again (interrupts.py).
     """
 
     incumbent: Instance
@@ -99,6 +101,7 @@ class Handover:
     rehearse: bool = False
     timeout: float | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
+    loses_interrupts: bool = False
     successor: Instance | None = None
     phase: Phase = PREPARE
     _was_running: bool = True
@@ -295,6 +298,8 @@ class Handover:
         assert self.successor is not None
         for kept in self.surroundings.kept:
             kept.pass_on(self.successor.number)
+        if self.loses_interrupts:
+            await interrupts.give_again(self.successor, self.surroundings.directory)
         self.surroundings.journal.write("commit", self.incumbent, self.successor)
         if not self._was_running:
             await self.incumbent.kill()
@@ -341,8 +346,18 @@ class Handover:
             kept.switch(self.successor.number)
         self.surroundings.served(self.successor)
 
+    async def _give_again(self, instance: Instance) -> None:
+        """In an undo, where a guest that may wait for its disk is better than one that stands."""
+        try:
+            await interrupts.give_again(instance, self.surroundings.directory)
+        except QemuError as error:
+            self.receipt.warnings.append(f"interrupts of disks in iothreads: {error.what}")
+
+    def _stop(self) -> Event | None:
+        return next((e for e in self._events if e["event"] == "STOP"), None)
+
     def _measure(self, resumed: float) -> None:
-        stop = next((e for e in self._events if e["event"] == "STOP"), None)
+        stop = self._stop()
         if stop is not None:
             self.receipt.blackout_seconds = resumed - _seconds(stop)
             self.receipt.clock_lag_seconds = self.receipt.blackout_seconds
@@ -441,6 +456,8 @@ class Handover:
         self._restore()
         try:
             await migration.cancel(monitor)
+            if self.loses_interrupts and self._stop() is not None:
+                await self._give_again(self.incumbent)
             if self._was_running and not self._stopped_itself():
                 await monitor.execute("cont")
             if self._before is not None:
@@ -455,7 +472,7 @@ class Handover:
             if self.successor is not None:
                 kept.drop(self.successor.number)
         self.surroundings.served(self.incumbent)
-        stop = next((e for e in self._events if e["event"] == "STOP"), None)
+        stop = self._stop()
         resume = next((e for e in reversed(self._events) if e["event"] == "RESUME"), None)
         if stop and resume:
             self.receipt.blackout_seconds = _seconds(resume) - _seconds(stop)

@@ -11,7 +11,7 @@ from segue.kept.description import Description
 from segue.kept.draft import Note
 from segue.qemu.binary import Binary, missing_devices, probe
 from segue.qemu.instance import Instance
-from segue.upgrade import modes, scout
+from segue.upgrade import interrupts, modes, scout
 from segue.upgrade.modes import MODES, Mode
 
 OLDEST = (7, 2, 0)
@@ -23,6 +23,7 @@ class Plan:
     """`cpu` is what the target makes of a floating CPU model (see kept/values.py).
 
     `mode` was chosen, for the reason `why`; `modes` has for each one what stands against it alone.
+    `loses_interrupts`: see interrupts.py.
     """
 
     target: Binary
@@ -33,6 +34,7 @@ class Plan:
     mode: Mode = MODES["handover"]
     why: str = ""
     modes: dict[str, tuple[Blocker, ...]] = field(default_factory=dict)
+    loses_interrupts: bool = False
 
 
 async def make(
@@ -52,6 +54,7 @@ async def make(
         *judged[mode.name],
         *_binary(machine, running, target),
         *await incumbent_blockers(incumbent),
+        *await interrupts.blockers(incumbent, running),
     ]
     if target.target == running.target:
         blockers += await _devices(incumbent, target)
@@ -75,6 +78,7 @@ async def make(
         mode,
         why,
         judged,
+        await interrupts.can_be_lost(incumbent, running),
     )
 
 
@@ -102,17 +106,6 @@ def _binary(machine: Description, running: Binary, target: Binary) -> list[Block
                 "name a QEMU that does; a machine type is for the guest's whole life",
             )
         )
-    if running.deferred_irqfd:
-        blockers += [
-            Blocker(
-                f"-device {option.value}",
-                f"QEMU {running.version_text} loses an interrupt of a disk in an iothread in 1-2 "
-                "of 100 stops, and its I/O would stall for good",
-                "start without iothread=",
-            )
-            for option in machine.draft.command_line.all("device")
-            if "iothread" in (option.value or "")
-        ]
     return blockers
 
 

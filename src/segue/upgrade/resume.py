@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from pathlib import Path
 
 from segue.errors import SegueError
 from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
 from segue.suspended import Suspended
+from segue.upgrade import interrupts
 
 _LIMIT = 120.0
 """Seconds for the device state; its size is that of firmware and video memory."""
@@ -69,9 +71,14 @@ async def _send(suspended: Suspended, sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-async def go_on(suspended: Suspended, instance: Instance) -> None:
-    """Let the guest run, and make sure that this is never done twice. Raises SegueError."""
+async def go_on(suspended: Suspended, instance: Instance, directory: Path) -> None:
+    """Let the guest run, and make sure that this is never done twice. Raises SegueError.
+
+    `directory` is for a socket.
+    """
     if suspended.machine["running"]:
+        if suspended.machine["loses_interrupts"]:
+            await interrupts.give_again(instance, directory)
         suspended.resuming(instance.pid, instance.start_time)
         try:
             await instance.monitor.execute("cont")

@@ -19,6 +19,7 @@ from segue.kept.description import Description
 from segue.qemu.binary import Binary
 from segue.qemu.instance import Instance
 from segue.qmp.gate import Gate
+from segue.upgrade import interrupts
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, Surroundings
@@ -162,7 +163,12 @@ class Upgrader:
 
     async def _suspend(self, receipt: Receipt, to: Path, progress: Progress) -> None:
         host = self._host
-        blockers = [*host.machine.draft.blockers, *await planning.incumbent_blockers(host.instance)]
+        loses_interrupts = await interrupts.can_be_lost(host.instance, host.binary)
+        blockers = [
+            *host.machine.draft.blockers,
+            *await planning.incumbent_blockers(host.instance),
+            *await interrupts.blockers(host.instance, host.binary),
+        ]
         if blockers:
             receipt.failed(
                 Refused(
@@ -187,7 +193,8 @@ class Upgrader:
             receipt=receipt,
             limits=self._limits,
             to=to,
-            machine=host.to_suspend(),
+            loses_interrupts=loses_interrupts,
+            machine=host.to_suspend() | {"loses_interrupts": loses_interrupts},
         )
         self._handover = suspend
         await suspend.run()
@@ -310,6 +317,7 @@ class Upgrader:
             rehearse=rehearse,
             timeout=timeout,
             limits=self._limits,
+            loses_interrupts=plan.loses_interrupts,
         )
         await self._handover.run()
 
