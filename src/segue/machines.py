@@ -4,6 +4,7 @@
         lock                flock'ed by the supervisor for its whole life; holds "PID START\\n"
         status.json         what `segue-query` answers, as of the last change (atomic rename)
         qmp.sock            the supervisor's QMP server
+        qmp.log             who connected to it (and qmp.log.1)
         console.sock        the first serial console, if the machine has one
         journal             of the upgrade under way
         receipts.jsonl      one receipt a line, oldest first

@@ -17,6 +17,7 @@ import sys
 import syslog
 import time
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,16 @@ from segue.kept.description import Description, describe
 from segue.kept.files import KeptFile
 from segue.kept.mux import Mux
 from segue.kept.ram import GuestRam
+from segue.kept.sockets import Server
 from segue.machines import MachineDirectory, default_name
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
+from segue.qemu.chardevs import Chardev
 from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import Instance, start_time
 from segue.qemu.monitor import Event
-from segue.qemu.options import Params
 from segue.qmp.gate import Gate
+from segue.qmp.log import LogFile, logger
 from segue.qmp.server import QmpServer
 from segue.service import Service
 from segue.suspended import Suspended
@@ -142,6 +145,9 @@ class Supervisor:
                 kept.on_quit = self._quit
             await kept.start()
         self._serve_console(stack)
+        self.server = self._make_server(stack)
+        for chardev, pretty in self.machine.control:
+            await self._serve_control(stack, chardev, pretty)
         self.journal = Journal(self.directory.journal)
         stack.callback(self.journal.close)
         self.instance = self.spawn(await self._first_lending())
@@ -149,11 +155,7 @@ class Supervisor:
         await self.instance.connect(timeout=86400)
         if self._suspended is not None:
             await resume.load(self._suspended, self.instance)
-        self.server = QmpServer(Service(self).commands(), gate=self.gate)
-        stack.callback(self.server.close)
         self.server.listen_unix(self.directory.qmp)
-        for chardev, pretty in self.machine.control:
-            self._serve_control(chardev.params, pretty)
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
         if self._suspended is not None:
@@ -239,10 +241,12 @@ class Supervisor:
     def run_directory(self) -> Path:
         return self.directory.path
 
-    def serve(self, instance: Instance) -> None:
-        """Have clients answered by `instance` from now on."""
+    def serve(self, instance: Instance, told: Sequence[Event] = ()) -> None:
+        """Have clients answered by `instance` from now on; `told` are events that it has sent."""
         self.instance = instance
         instance.monitor.listen(lambda event: self._event(instance, event))
+        for event in told:
+            self._event(instance, event)
         self.server.upstream = instance.monitor
 
     def suppress(self, on: bool) -> None:
@@ -354,20 +358,32 @@ class Supervisor:
         backend = {"type": "socket", "data": data}
         await monitor.execute("chardev-change", {"id": chardev, "backend": backend})
 
-    def _serve_control(self, params: Params, pretty: bool) -> None:
-        """A QMP socket that the user's command line asks for. Raises SegueError, as QEMU would."""
-        path = params.get("path")
-        try:
-            if path is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                self.server.listen_unix(Path(path))
-                return
-            host, port = params.get("host") or "", int(params.get("port") or 0)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self.server.adopt_listener(socket.create_server((host, port), family=family), pretty)
-        except (OSError, ValueError) as error:
-            raise SegueError(f"cannot listen for QMP at {path or params}: {error}") from None
+    def _make_server(self, stack: contextlib.ExitStack) -> QmpServer:
+        log = LogFile(self.directory.path / "qmp.log")
+        stack.callback(log.close)
+        server = QmpServer(Service(self).commands(), gate=self.gate, log=logger(log))
+        stack.callback(server.close)
+        return server
+
+    async def _serve_control(
+        self, stack: contextlib.ExitStack, chardev: Chardev, pretty: bool
+    ) -> None:
+        """A QMP socket that the user's command line asks for. Raises SegueError, as QEMU would.
+
+        With `wait` (QEMU's default) nothing more is started before somebody has connected.
+        """
+        end = Server(chardev.id, chardev.params, self._say)
+        stack.callback(end.close)
+        listeners = []
+        for sock in await end.listen():
+            sock.listen(128)
+            listeners.append(self.server.adopt_listener(sock, pretty))
+        if chardev.params.boolean("wait", True):
+            end.say_waiting()
+            waiting = [asyncio.ensure_future(each.first_client()) for each in listeners]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for each in waiting:
+                each.cancel()
 
     def _serve_console(self, stack: contextlib.ExitStack) -> None:
         """A socket for `segue console`, on the first serial device that is kept."""

@@ -94,7 +94,7 @@ class Ping:
                     return
                 continue
             if packet[20] == 0 and len(packet) >= 32:
-                number = struct.unpack("!I", packet[28:32])[0]
+                number = int.from_bytes(packet[28:32], "big")
                 with self._came:
                     self.answers.setdefault(number, []).append(time.monotonic())
                     self._came.notify_all()
@@ -112,8 +112,7 @@ class Ping:
         self._socket.close()
 
     def _first(self) -> int:
-        first: int = min(list(self.answers))
-        return first
+        return min(list(self.answers))
 
     @property
     def lost(self) -> list[int]:

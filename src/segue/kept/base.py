@@ -6,6 +6,7 @@ is paused, so they are plain functions that never wait):
     start()              the machine starts: the host end is opened
     learn(monitor)       the first instance is up: values that it chose are noted
     quiet()              an upgrade begins: what is under way is finished first
+    freeze()             the machine is to be compared: no client changes it any more
     arguments(lending)   prepare: what the successor is given, with descriptors of its own
     hold()               the guest has stopped: nothing more flows towards it
     take_back()          what the incumbent had not read is taken out of its descriptors
@@ -14,7 +15,7 @@ is paused, so they are plain functions that never wait):
     settle(monitor)      the incumbent is dead: what could not be there twice moves over
   or
     restore()            undo, the successor is dead: what only one can have is the incumbent's
-    give_back()          undo: the incumbent is the one that is served, as if nothing had been
+    give_back()          undo, after `freeze`: the incumbent is served, as if nothing had been
     drop(number)         that instance is dead: what was only for it is closed
     close()              the machine has ended
 """
@@ -38,6 +39,7 @@ class Lending:
     `cpu` is what it makes of the machine's CPU model, where that model floats. A later one waits
     for the state with the words `incoming`; `copies_ram` says that RAM is in that state, and comes
     into memory of its own.
+    What `guard` is told to watch waits for an answer.
     """
 
     number: int
@@ -90,6 +92,9 @@ class Kept(Part):
 
     async def quiet(self) -> None:
         """Finish what is under way, so that an upgrade can begin."""
+
+    def freeze(self) -> None:
+        """Until `switch` or `give_back`, pass on nothing that could change the machine."""
 
     def hold(self) -> None:
         """The guest has stopped: let nothing more flow towards it."""

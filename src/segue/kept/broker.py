@@ -3,6 +3,8 @@
 The broker stands between a host end (a socket, a pty, the terminal) and the instances. Each
 instance has a socketpair of its own (`pair.py`); at an upgrade no byte is lost or doubled:
 
+- `freeze`: a human monitor is treated as in `hold` and `take_back`, though the guest runs: what
+  its clients type waits while two machines are compared.
 - `hold`: nothing more is sent to the incumbent; whatever it has written is read, so that it has
   nothing left that it would want to write once its state is saved.
 - `take_back`: what it has not read is taken out of its end, to be sent before anything newer.
@@ -52,9 +54,10 @@ class Broker(Kept):
     """One character device: its host end, its client, its instances.
 
     `shared` are parameters that each instance gets too (mux, logfile), also when its backend is
-    replaced. With `presence`, QEMU sees a disconnected socket while no client is there, and the
-    guest a closed port; a new client is given to QEMU by `replace_backend(id, fd)`, which raises
-    SegueError where QEMU refuses, and is not called while an upgrade is in progress.
+    replaced. `gated`: a human monitor hears what is typed here, maybe beside others. With
+    `presence`, QEMU sees a disconnected socket while no client is there, and the guest a closed
+    port; a new client is given to QEMU by `replace_backend(id, fd)`, which raises SegueError where
+    QEMU refuses, and is not called while an upgrade is in progress.
     """
 
     kind = "chardev"
@@ -67,6 +70,7 @@ class Broker(Kept):
         shared: dict[str, str] | None = None,
         monitor: bool = False,
         presence: bool = False,
+        gated: bool = False,
         err: Say = lambda line: None,
     ) -> None:
         self.name = name
@@ -79,6 +83,7 @@ class Broker(Kept):
         self.shared = shared or {}
         self._prompt = Prompt() if monitor else None
         self._presence = presence
+        self._gated = gated or monitor
         self._err = err
         self._pairs: dict[int, Pair] = {}
         self._serving: int | None = None
@@ -120,6 +125,11 @@ class Broker(Kept):
         self._pump()
         text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
         return ["-chardev", f"socket,{text}"]
+
+    def freeze(self) -> None:
+        if self._gated:
+            self.hold()
+            self.take_back()
 
     def hold(self) -> None:
         self._held = True

@@ -57,6 +57,7 @@ class CharactersRule:
                     chardev,
                     monitor=chardev.id in readline and not chardev.mux,
                     presence=chardev.id in presence,
+                    gated=chardev.id in readline,
                     out=_say,
                     err=_complain,
                 )
@@ -108,7 +109,7 @@ class CharactersRule:
         """
         if not draft.flag("monitor"):
             draft.add(Words(("-monitor", "none")))
-        for option in draft.options("mon"):
+        for option in draft.options("mon", "object"):
             if option.params.get("chardev") == chardev.id:
                 draft.replace(option)
         if chardev.origin is not None:

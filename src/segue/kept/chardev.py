@@ -54,14 +54,16 @@ def make(
     *,
     monitor: bool = False,
     presence: bool = False,
+    gated: bool = False,
     out: Say = lambda line: None,
     err: Say = lambda line: None,
 ) -> Kept:
     """What keeps this device; opens nothing before its `start()`.
 
     `monitor`: a human monitor, and nothing else, uses it. `presence`: a virtserialport uses it,
-    whose guest is to see clients come and go. `out` and `err` take lines for the user's standard
-    output and error, as QEMU words them but without its name before them.
+    whose guest is to see clients come and go. `gated`: a human monitor is one of several users.
+    `out` and `err` take lines for the user's standard output and error, as QEMU words them but
+    without its name before them.
     """
     if chardev.backend == "file":
         return KeptOutput(chardev)
@@ -74,6 +76,7 @@ def make(
         shared=shared,
         monitor=monitor and not chardev.mux,
         presence=presence and not chardev.mux,
+        gated=gated,
         err=err,
     )
 

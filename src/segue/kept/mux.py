@@ -120,6 +120,10 @@ class Mux(Kept):
     def arguments(self, lending: Lending) -> list[str]:
         return [word for broker in self.brokers for word in broker.arguments(lending)]
 
+    def freeze(self) -> None:
+        for broker in self.brokers:
+            broker.freeze()
+
     def hold(self) -> None:
         for broker in self.brokers:
             broker.hold()

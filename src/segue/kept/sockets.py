@@ -46,15 +46,27 @@ class Server(_SocketEndpoint):
         self._made: tuple[str, int] | None = None  # path and inode of a socket in the file system
 
     async def start(self) -> None:
-        self._listeners = await self._listen()
+        self._listeners = await self.listen()
         for listener in self._listeners:
             listener.setblocking(False)
         loop = asyncio.get_running_loop()
         self._first = loop.create_future()
         self._accept(True)
         if self._params.boolean("wait", True):
-            self._say(f"QEMU waiting for connection on: disconnected:{self._where()},server=on")
+            self.say_waiting()
             await self._first
+
+    async def listen(self) -> list[socket.socket]:
+        """The listening sockets, for who serves them by itself; `close` removes their path."""
+        fd = self._params.get("fd")
+        if fd is not None:
+            return [_given(fd)]
+        if self._params.get("path") is not None:
+            return [self._listen_unix()]
+        return await self._listen_inet()
+
+    def say_waiting(self) -> None:
+        self._say(f"QEMU waiting for connection on: disconnected:{self._where()},server=on")
 
     def left(self) -> None:
         self._accept(True)
@@ -109,14 +121,6 @@ class Server(_SocketEndpoint):
         if self._listeners[0].family == socket.AF_UNIX:
             return f"unix:{_printable(name)}"
         return f"{protocol}:{name[0]}:{name[1]}"
-
-    async def _listen(self) -> list[socket.socket]:
-        fd = self._params.get("fd")
-        if fd is not None:
-            return [_given(fd)]
-        if self._params.get("path") is not None:
-            return [self._listen_unix()]
-        return await self._listen_inet()
 
     def _listen_unix(self) -> socket.socket:
         address, path = _unix_address(self._params)

@@ -63,7 +63,7 @@ class CprExec(Handover):
     async def _prepare(self) -> None:
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
-        await self.surroundings.read_only()
+        await self._freeze()
         self._place = self._new_place(self.surroundings.lend(False), _top(self.incumbent.pid))
 
     def _new_place(self, lending: Lending, first_number: int) -> _Place:

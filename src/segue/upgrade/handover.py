@@ -65,8 +65,8 @@ class Surroundings:
     `directory` is for sockets between instances. `checkpoint(phase)` is awaited at the beginning
     of each phase; tests stop there. `lend(back)` makes a lending for the target, or for the binary
     that runs, and `argv` what it is started with; `launch` and `adopt` are the supervisor's.
-    `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance)`
-    ends both, and says who answers them from then on.
+    `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance,
+    events)` ends both, and says who answers them from then on, and what it told meanwhile.
     `on_limbo` is told when nobody can know whether the successor runs the guest.
     """
 
@@ -80,7 +80,7 @@ class Surroundings:
     journal: Journal
     read_only: Callable[[], Awaitable[None]]
     closed: Callable[[], Awaitable[None]]
-    served: Callable[[Instance], None]
+    served: Callable[[Instance, Sequence[Event]], None]
     progress: Callable[[dict[str, Any]], None]
     checkpoint: Callable[[str], Awaitable[None]]
     on_limbo: Callable[[], None]
@@ -109,7 +109,8 @@ class Handover:
     _late: list[dict[str, Any]] = field(default_factory=list)
     _before: migration.Settings | None = None
     _fresh: migration.Settings | None = None
-    _held: bool = False
+    _told: list[Event] = field(default_factory=list)
+    _frozen: bool = False
     _migrating: bool = False
     _went_round: asyncio.Task[None] | None = None
     _watches: list[MigrationWatch] = field(default_factory=list)
@@ -195,13 +196,13 @@ class Handover:
     async def _prepare(self) -> None:
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
+        await self._freeze()
         self.successor = successor = self.surroundings.spawn()
         placement.copy(self.incumbent.pid, successor.pid)
         self.surroundings.journal.write("prepare", self.incumbent, successor)
         await self._introduce()
         monitor = await successor.connect(self._limit(PREPARE))
         await placement.copy_vcpus(self.incumbent.monitor, monitor)
-        await self.surroundings.read_only()
         old, new = await asyncio.gather(
             compare.describe(self.incumbent.monitor, self.target),
             compare.describe(monitor, self.target),
@@ -216,6 +217,13 @@ class Handover:
                     for d in differences
                 ),
             )
+
+    async def _freeze(self) -> None:
+        """From here on no client can change what is copied and compared."""
+        await self.surroundings.read_only()
+        self._frozen = True
+        for kept in self.surroundings.kept:
+            kept.freeze()
 
     async def _introduce(self) -> None:
         """What must come before the successor can answer."""
@@ -258,7 +266,6 @@ class Handover:
         """
         await self.surroundings.closed()
         self._check_guest()
-        self._held = True
         for kept in self.surroundings.kept:
             kept.hold()
         for kept in self.surroundings.kept:
@@ -305,19 +312,22 @@ class Handover:
             await self.incumbent.kill()
             self._switch()
             return
-        resumed = asyncio.get_running_loop().create_future()
-        unlisten = self.successor.monitor.listen(
-            lambda event: _resumed(event, resumed) if event["event"] == "RESUME" else None
-        )
-        self._stack.callback(unlisten)
+        if self.successor.monitor.closed:
+            raise await self.successor.death()
+        self._told.clear()
+        unlisten = self.successor.monitor.listen(self._told.append)
         answer = self.successor.monitor.relay({"execute": "cont"})
         sent = time.time()
-        reply = await self._answer_to_cont(answer)
+        try:
+            reply = await self._answer_to_cont(answer)
+        finally:
+            unlisten()
         if "error" in reply:
             raise CommandFailed(f"cont on the successor: {reply['error']['desc']}")
         self._switch()
-        if resumed.done():
-            self._measure(resumed.result())
+        resume = next((e for e in self._told if e["event"] == "RESUME"), None)
+        if resume is not None:
+            self._measure(_seconds(resume))
             self.receipt.own_seconds = sent - max(w.reached("completed") for w in self._watches)
 
     async def _answer_to_cont(self, answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
@@ -344,7 +354,8 @@ class Handover:
         assert self.successor is not None
         for kept in self.surroundings.kept:
             kept.switch(self.successor.number)
-        self.surroundings.served(self.successor)
+        # What the running guest has already made it tell is for the clients too.
+        self.surroundings.served(self.successor, self._told)
 
     async def _give_again(self, instance: Instance) -> None:
         """In an undo, where a guest that may wait for its disk is better than one that stands."""
@@ -467,11 +478,11 @@ class Handover:
                 str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
             ) from None
         for kept in self.surroundings.kept:
-            if self._held:
+            if self._frozen:
                 kept.give_back()
             if self.successor is not None:
                 kept.drop(self.successor.number)
-        self.surroundings.served(self.incumbent)
+        self.surroundings.served(self.incumbent, ())
         stop = self._stop()
         resume = next((e for e in reversed(self._events) if e["event"] == "RESUME"), None)
         if stop and resume:
@@ -484,8 +495,3 @@ class Handover:
 def _seconds(event: Event) -> float:
     stamp = event["timestamp"]
     return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
-
-
-def _resumed(event: Event, future: asyncio.Future[float]) -> None:
-    if not future.done():
-        future.set_result(_seconds(event))

@@ -48,7 +48,7 @@ class Suspend(Handover):
     async def _prepare(self) -> None:
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
-        await self.surroundings.read_only()
+        await self._freeze()
         make_directory(self.to)
         self._stack.callback(self._remove_unless_whole)
         free = os.statvfs(self.to)
@@ -134,12 +134,13 @@ class Suspend(Handover):
 
     async def _commit(self) -> None:
         self.surroundings.journal.write("commit", self.incumbent, None)
+        # Nothing is awaited between the two, so that nothing can call it off in between.
         try:
-            await asyncio.to_thread(write_description, self.to, self.machine)
-        except BaseException:
+            write_description(self.to, self.machine)
+        except OSError:
             (self.to / "machine.json").unlink(missing_ok=True)
             raise
-        await self.incumbent.kill()
+        self.incumbent.kill_at_once()
         self.receipt.guest = f"suspended in {self.to}"
 
     def _remove_unless_whole(self) -> None:

@@ -8,7 +8,7 @@ import gc
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from segue.kept.base import Lending
 from segue.kept.description import Description
 from segue.qemu.binary import Binary
 from segue.qemu.instance import Instance
+from segue.qemu.monitor import Event
 from segue.qmp.gate import Gate
 from segue.upgrade import interrupts
 from segue.upgrade import plan as planning
@@ -59,7 +60,7 @@ class Host(Protocol):
     ) -> Instance: ...
     def to_suspend(self) -> dict[str, Any]: ...
     def adopt(self, instance: Instance) -> None: ...
-    def serve(self, instance: Instance) -> None: ...
+    def serve(self, instance: Instance, told: Sequence[Event] = ()) -> None: ...
     def suppress(self, on: bool) -> None: ...
     def is_outdated(self) -> bool: ...
     def upgraded(self, binary: Binary) -> None: ...
@@ -381,9 +382,11 @@ class Upgrader:
             await host.gate.drain()
             host.suppress(True)
 
-        def served(instance: Instance) -> None:
+        def served(instance: Instance, told: Sequence[Event]) -> None:
             if instance is not host.instance:
-                host.serve(instance)
+                host.serve(instance, told)
+            # From here on what stops and resumes the guest is a client's doing.
+            host.suppress(False)
             host.gate.open()
 
         def on_limbo() -> None:
