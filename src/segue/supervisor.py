@@ -28,6 +28,7 @@ from segue.kept.base import Lending
 from segue.kept.broker import Broker
 from segue.kept.description import Description, describe
 from segue.kept.files import KeptFile
+from segue.kept.lent import AddFd, Lent
 from segue.kept.mux import Mux
 from segue.kept.ram import GuestRam
 from segue.kept.sockets import Server
@@ -362,6 +363,9 @@ class Supervisor:
         log = LogFile(self.directory.path / "qmp.log")
         stack.callback(log.close)
         server = QmpServer(Service(self).commands(), gate=self.gate, log=logger(log))
+        server.observers += [
+            kept.observe for kept in self.machine.kept if isinstance(kept, Lent | AddFd)
+        ]
         stack.callback(server.close)
         return server
 

@@ -8,6 +8,7 @@ is paused, so they are plain functions that never wait):
     quiet()              an upgrade begins: what is under way is finished first
     freeze()             the machine is to be compared: no client changes it any more
     arguments(lending)   prepare: what the successor is given, with descriptors of its own
+    furnish(monitor)     it answers: what its command line could not give it, before it is compared
     hold()               the guest has stopped: nothing more flows towards it
     take_back()          what the incumbent had not read is taken out of its descriptors
     pass_on(number)      `cont` is about to be sent: what only one can have is the successor's
@@ -93,6 +94,9 @@ class Kept(Part):
     async def quiet(self) -> None:
         """Finish what is under way, so that an upgrade can begin."""
 
+    async def furnish(self, monitor: Monitor) -> None:
+        """Give a successor by QMP what its command line could not. Raises SegueError."""
+
     def freeze(self) -> None:
         """Until `switch` or `give_back`, pass on nothing that could change the machine."""
 
@@ -122,7 +126,10 @@ class Kept(Part):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What proves that this is the same object as before (inode, cookie, path)."""
+        """What proves that this is the same object as before (inode, cookie, path).
+
+        Empty where there is none for now.
+        """
 
     def held_by(self, pid: int) -> bool | None:
         """Whether /proc/PID/fd shows this object; None where an instance has no part in it."""

@@ -12,6 +12,7 @@ from segue.kept.characters import CharactersRule
 from segue.kept.display import DisplayRule
 from segue.kept.draft import Draft, Rule, apply
 from segue.kept.files import FilesRule
+from segue.kept.lent import LentRule
 from segue.kept.lifecycle import Lifecycle, LifecycleRule
 from segue.kept.mux import Mux
 from segue.kept.network import NetworkRule
@@ -72,8 +73,10 @@ class Description:
         """What is kept, each with the identity that proves it and, where it can, /proc's word."""
         told = []
         for kept in self.kept:
-            entry: dict[str, Any] = {"kind": kept.kind, "name": kept.name}
-            entry["identity"] = kept.identity()
+            identity = kept.identity()
+            if not identity:
+                continue  # there is nothing of its kind at the moment
+            entry: dict[str, Any] = {"kind": kept.kind, "name": kept.name, "identity": identity}
             with contextlib.suppress(OSError):  # the process is gone
                 held = kept.held_by(pid)
                 if held is not None:
@@ -88,6 +91,7 @@ def describe(command_line: CommandLine, binary: Binary) -> Description:
     characters = CharactersRule()
     rules: list[Rule] = [
         UnkeepableRule(),
+        LentRule(),
         FilesRule(),
         RamRule(),
         ValuesRule(values),

@@ -42,6 +42,8 @@ from segue.qmp.listener import Listener, bind_unix
 __all__ = ["Client", "ClientState", "Command", "Listener", "QmpServer", "Upstream"]
 
 Reply = dict[str, Any]
+# Told of each relayed command that was carried out: name, arguments, descriptors, what it returned.
+Observer = Callable[[str, dict[str, Any], list[int], Any], None]
 Event = dict[str, Any]
 
 MAX_CLIENTS = 256
@@ -79,6 +81,7 @@ class QmpServer:
         self.intercept: dict[str, Handler] = {}
         # Whether an instance's event is kept from the clients.
         self.suppress: Callable[[Event], bool] = lambda event: False
+        self.observers: list[Observer] = []
         self.listeners: list[Listener] = []
         self.clients: set[Client] = set()
         self._commands = commands
@@ -263,6 +266,9 @@ class QmpServer:
         def done(future: asyncio.Future[Reply]) -> None:
             del client.passages[passage]
             reply = _outcome(future, name)
+            if "return" in reply:
+                for observe in self.observers:
+                    observe(name, message.get("arguments", {}), request.fds, reply["return"])
             edit = self._edits.get(name)
             if edit is not None and "return" in reply:
                 reply = edit(reply)

@@ -186,6 +186,7 @@ class CprExec(Handover):
 
     async def _load(self, instance: Instance) -> None:
         monitor = await instance.connect(self._limit(MOVE))
+        await self._furnish(monitor)
         self._fresh = await migration.configure(monitor, frozenset({"events"}))
         watch = self._watch(instance)
         self._watches = [*self._watches[:1], watch]

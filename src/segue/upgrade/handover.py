@@ -33,7 +33,7 @@ from segue.kept.base import Kept, Lending
 from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
-from segue.qemu.monitor import Event
+from segue.qemu.monitor import Event, Monitor
 from segue.upgrade import compare, images, interrupts, placement
 from segue.upgrade.journal import Journal
 from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, Phase
@@ -202,6 +202,7 @@ class Handover:
         self.surroundings.journal.write("prepare", self.incumbent, successor)
         await self._introduce()
         monitor = await successor.connect(self._limit(PREPARE))
+        await self._furnish(monitor)
         await placement.copy_vcpus(self.incumbent.monitor, monitor)
         old, new = await asyncio.gather(
             compare.describe(self.incumbent.monitor, self.target),
@@ -217,6 +218,10 @@ class Handover:
                     for d in differences
                 ),
             )
+
+    async def _furnish(self, monitor: Monitor) -> None:
+        for kept in self.surroundings.kept:
+            await kept.furnish(monitor)
 
     async def _freeze(self) -> None:
         """From here on no client can change what is copied and compared."""
