@@ -19,15 +19,26 @@ is paused, so they are plain functions that never wait):
     give_back()          undo, after `freeze`: the incumbent is served, as if nothing had been
     drop(number)         that instance is dead: what was only for it is closed
     close()              the machine has ended
+
+A supervisor can be replaced by another process, in two ways (docs/supervisor.md); the object is
+then made again from the same command line, and `load` takes the place of `start`:
+
+    save(saver)          plain data and descriptors from which it can be made again (saved.py)
+    load(data, loader)   take up what `save` gave in another process
+    changed              call it whenever what `save` gives, bytes aside, is another
+
+An object that has nothing but what the command line says needs neither.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from segue.kept.guard import Guard
+from segue.kept.saved import Loader, Saver
 from segue.qemu.binary import Binary
 from segue.qemu.monitor import Monitor
 
@@ -84,9 +95,26 @@ class Kept(Part):
 
     kind: str
     name: str
+    # Set by the supervisor.
+    changed: Callable[[], None] = staticmethod(lambda: None)
 
     async def start(self) -> None:
         """Open the host end. Raises SegueError with the reason."""
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        """What `load` needs. Changes nothing: it is asked for again and again.
+
+        Not called while the guest is paused for an upgrade. `saver.exact` is never true during
+        an upgrade at all; otherwise there may be a successor, from before the state moves.
+        """
+        return {}
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        """In place of `start`: go on where the process that called `save` was.
+
+        Where the state is not exact, a descriptor that is lost is made anew, or is done without.
+        Raises SegueError if that cannot be.
+        """
 
     async def learn(self, monitor: Monitor) -> None:
         """Note what the first instance chose, so that later ones are told the same."""

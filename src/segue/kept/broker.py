@@ -38,6 +38,7 @@ from segue.kept.channel import Channel, Watches
 from segue.kept.endpoints import Endpoint, Say
 from segue.kept.pair import Pair
 from segue.kept.prompt import Prompt
+from segue.kept.saved import Loader, Saver, raw
 from segue.kept.viewer import Viewer
 
 TO_CLIENT = 1 << 20
@@ -107,6 +108,45 @@ class Broker(Kept):
 
     async def start(self) -> None:
         await self.endpoint.start()
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        channel, prompt = self._channel, self._prompt
+        for number, viewer in enumerate(self._viewers):
+            saver.fd(f"viewer{number}", viewer.sock.fileno())
+        return {
+            "endpoint": self.endpoint.save(saver.within("end")),
+            "channel": None if channel is None else channel.save(saver.within("end")),
+            "input_ended": self._input_ended,
+            "to_guest": saver.bytes(self.to_guest),
+            "to_client": saver.bytes(self.to_client),
+            "viewers": [saver.bytes(viewer.pending) for viewer in self._viewers],
+            "pairs": {
+                str(number): pair.save(saver.within(f"pair{number}"))
+                for number, pair in self._pairs.items()
+            },
+            "serving": self._serving,
+            "prompt": None if prompt is None else prompt.save(saver.exact),
+            "refused": self._refused,
+        }
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self._pairs = {
+            int(number): Pair.load(pair, loader.within(f"pair{number}"))
+            for number, pair in data["pairs"].items()
+        }
+        self._serving, self._refused = data["serving"], data["refused"]
+        if data["prompt"] is not None and self._prompt is not None:
+            self._prompt = Prompt.load(data["prompt"])
+        self.to_guest += raw(data["to_guest"])
+        for number, pending in enumerate(data["viewers"]):
+            if (sock := loader.socket(f"viewer{number}")) is not None:
+                self._viewers.append(Viewer(sock, raw(pending)))
+        channel = await self.endpoint.load(data["endpoint"], data["channel"], loader.within("end"))
+        if channel is not None:
+            self._channel = channel
+            self._input_ended = data["input_ended"]
+            self.to_client += raw(data["to_client"])
+        self._pump()
 
     def arguments(self, lending: Lending) -> list[str]:
         number = lending.number
@@ -204,7 +244,7 @@ class Broker(Kept):
             self._channel.close()
             self._channel = None
         for viewer in self._viewers:
-            viewer.sock.close()
+            viewer.close()
         self._viewers.clear()
         for pair in self._pairs.values():
             pair.close()
@@ -244,6 +284,7 @@ class Broker(Kept):
         if self._prompt:
             viewer.feed(self._prompt.banner)
         self._viewers.append(viewer)
+        self.changed()
         self._pump()
 
     def _client_came(self, channel: Channel) -> None:
@@ -273,6 +314,7 @@ class Broker(Kept):
     def _changed(self) -> None:
         if self.on_client_change and (self._channel is None or self._channel.opens):
             self.on_client_change(self.connected)
+        self.changed()
         self._pump()
 
     # -- bytes ----------------------------------------------------------------------------
@@ -394,8 +436,9 @@ class Broker(Kept):
 
     def _lose_viewer(self, viewer: Viewer) -> None:
         self._watches.forget(viewer.fd)
-        viewer.sock.close()
+        viewer.close()
         self._viewers.remove(viewer)
+        self.changed()
 
     def _unwatch(self, pair: Pair | None) -> None:
         if pair is not None and pair.ours is not None:
@@ -451,7 +494,9 @@ class Broker(Kept):
             pair.close()
             return
         self._close_pair(self._pairs[number])
+        pair.inherited = False
         self._pairs[number] = pair
+        self.changed()
         self._pump()
 
     def _try_again(self) -> None:

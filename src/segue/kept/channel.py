@@ -19,6 +19,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+from segue.kept.saved import Loader, Saver
+
 _SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 # UDP has no stream to cut at will: what fits an Ethernet frame.
 _DATAGRAM = 1400
@@ -54,6 +56,10 @@ class Channel(ABC):
         status = os.fstat(self.reads)
         return {"device": status.st_dev, "inode": status.st_ino}
 
+    def save(self, saver: Saver) -> dict[str, Any]:
+        """Data and descriptors for the endpoint that made it to make it again."""
+        return {}
+
 
 class SocketChannel(Channel):
     hangs_up = True
@@ -70,10 +76,17 @@ class SocketChannel(Channel):
         return self.sock.send(data)
 
     def close(self) -> None:
+        # An instance may hold a duplicate, which would keep the connection open.
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     def identity(self) -> dict[str, Any]:
         return {"cookie": socket_cookie(self.sock)}
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("socket", self.sock.fileno())
+        return {"returning": self.returning}
 
 
 class DatagramChannel(SocketChannel):
@@ -117,6 +130,25 @@ class DescriptorChannel(Channel):
         self._input.close()
         self._output.close()
 
+    def save(self, saver: Saver) -> dict[str, Any]:
+        if not saver.exact:
+            return {}  # opened anew, or lost with the terminal
+        return {
+            "reads": self._input.save(saver.within("reads")),
+            "writes": self._output.save(saver.within("writes")),
+        }
+
+    @classmethod
+    def load(cls, data: dict[str, Any], loader: Loader) -> DescriptorChannel | None:
+        """None unless both are there."""
+        if not data:
+            return None
+        reads = Descriptor.load(data["reads"], loader.within("reads"))
+        writes = Descriptor.load(data["writes"], loader.within("writes"))
+        if reads is None or writes is None:
+            return None
+        return cls(reads, writes)
+
 
 class Descriptor:
     """A descriptor of ours that never blocks, over a file that other processes share.
@@ -144,6 +176,21 @@ class Descriptor:
                 self.fd = os.dup(fd)
                 self._was = fcntl.fcntl(fd, fcntl.F_GETFL)
                 fcntl.fcntl(fd, fcntl.F_SETFL, self._was | os.O_NONBLOCK)
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("fd", self.fd)
+        return {"was": self._was}
+
+    @classmethod
+    def load(cls, data: dict[str, Any], loader: Loader) -> Descriptor | None:
+        fd = loader.fd("fd")
+        if fd is None:
+            return None
+        descriptor = cls.__new__(cls)
+        descriptor.fd, descriptor._was, descriptor._socket = fd, data["was"], None
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            descriptor._socket = socket.socket(fileno=fd)
+        return descriptor
 
     def read(self, size: int) -> bytes:
         if self._socket is not None:

@@ -11,6 +11,7 @@ from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.endpoints import Endpoint, Pipe, Say, Udp
 from segue.kept.mux import Front, Mux
+from segue.kept.saved import Loader, Saver
 from segue.kept.sockets import Client, Server
 from segue.kept.terminal import Pty, Stdio
 from segue.qemu.chardevs import Chardev
@@ -137,6 +138,13 @@ class KeptOutput(Kept):
             self.fd = os.open(self._path, flags | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise SegueError(f"Could not open '{self._path}': {error.strerror}") from None
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("file", self.fd, lent=True)
+        return {}
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self.fd = loader.needed("file")
 
     def arguments(self, lending: Lending) -> list[str]:
         fd = lending.inherit(self.fd)

@@ -85,8 +85,13 @@ class Description:
         return told
 
 
-def describe(command_line: CommandLine, binary: Binary) -> Description:
-    """Judge a command line; nothing is opened yet. Raises BadCommandLine."""
+def describe(
+    command_line: CommandLine, binary: Binary, decisions: dict[str, Any] | None = None
+) -> Description:
+    """Judge a command line; nothing is opened yet. Raises BadCommandLine.
+
+    `decisions` are those of the machine that runs already (Draft.decide).
+    """
     values = Values()
     characters = CharactersRule()
     rules: list[Rule] = [
@@ -100,5 +105,6 @@ def describe(command_line: CommandLine, binary: Binary) -> Description:
         DisplayRule(),
         LifecycleRule(),
     ]
-    draft = apply(Draft(command_line, binary), rules)
+    draft = Draft(command_line, binary, decisions=decisions or {}, recalled=decisions is not None)
+    apply(draft, rules)
     return Description(draft, values, LifecycleRule.read(draft), tuple(characters.control))

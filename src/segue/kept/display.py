@@ -10,6 +10,7 @@ from typing import Any
 
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
+from segue.kept.saved import Loader, Saver
 from segue.qemu.monitor import Monitor
 from segue.qemu.options import Params
 
@@ -31,6 +32,12 @@ class VncAddress(Kept):
 
     def arguments(self, lending: Lending) -> list[str]:
         return self._first if lending.first else ["-vnc", str(self._later)]
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        return {"address": self._address}
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self._address = data["address"]
 
     async def learn(self, monitor: Monitor) -> None:
         for server in (await monitor.execute("query-vnc-servers"))[:1]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from segue.errors import Blocker
 from segue.kept.base import Kept, Lending, Part
 from segue.qemu.binary import Binary
 from segue.qemu.commandline import CommandLine, Option
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,34 @@ class Computed(Part):
 
 @dataclass
 class Draft:
-    """`items` in the order of the command line; `kept` in the order of opening."""
+    """`items` in the order of the command line; `kept` in the order of opening.
+
+    `decisions` is what `decide` found. A machine that runs is described again, maybe by another
+    version of Segue, with those that were made when it started: it is `recalled` then.
+    """
 
     command_line: CommandLine
     binary: Binary
     items: list[Option | Part] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    decisions: dict[str, Any] = field(default_factory=dict)
+    recalled: bool = False
     blockers: list[Blocker] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.items = list(self.command_line.options)
+
+    def decide(self, name: str, now: Callable[[], T], *, otherwise: T) -> T:
+        """What depends on more than the command line: a file that is there, a random value.
+
+        It is found once, when the machine starts. `otherwise` is for machines that were started
+        before this was asked: what was done in those days. It must be what JSON knows.
+        """
+        if self.recalled:
+            return cast(T, self.decisions.get(name, otherwise))
+        value = self.decisions[name] = now()
+        return value
 
     def options(self, *names: str) -> list[Option]:
         return [i for i in self.items if isinstance(i, Option) and i.name in names]

@@ -15,6 +15,7 @@ from typing import Any
 
 from segue.errors import SegueError
 from segue.kept.channel import Channel, DatagramChannel, Descriptor, DescriptorChannel
+from segue.kept.saved import Loader, Saver
 from segue.qemu.options import Params
 
 Say = Callable[[str], None]
@@ -30,6 +31,19 @@ class Endpoint(ABC):
     @abstractmethod
     async def start(self) -> None:
         """Open it; call `came` for each client. Raises SegueError."""
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        """As `Kept.save`; the channel is the broker's to save."""
+        return {}
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        """In place of `start`; the client's channel again, if there was one and it is not lost.
+
+        It is not told by `came`. Without one, another client may come.
+        """
+        return None
 
     def left(self) -> None:  # noqa: B027
         """The client is gone and its channel closed: another may come."""
@@ -69,6 +83,14 @@ class Pipe(Endpoint):
         for fd in set(fds):
             os.close(fd)
         self.came(DescriptorChannel(reads, writes))
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        again = None if channel is None else DescriptorChannel.load(channel, loader)
+        if again is None:
+            await self.start()
+        return again
 
     def identity(self) -> dict[str, Any]:
         return {"path": self._path}
@@ -112,6 +134,15 @@ class Udp(Endpoint):
             sock.close()
             raise
         self.came(DatagramChannel(sock))
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        sock = loader.socket("socket")
+        if sock is None:
+            await self.start()
+            return None
+        return DatagramChannel(sock)
 
     def identity(self) -> dict[str, Any]:
         return {"udp": self._name}

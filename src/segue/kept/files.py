@@ -17,6 +17,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
+from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 
 # Options whose whole value is a path, and those that name one under a key.
@@ -40,6 +41,13 @@ class KeptFile(Kept):
             self.fd = sealed_copy(self.source)
         except OSError as error:
             raise SegueError(f"cannot read '{self.name}': {error.strerror}") from None
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("bytes", self.fd, lent=True)
+        return {}
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self.fd = loader.needed("bytes")
 
     def arguments(self, lending: Lending) -> list[str]:
         return self._words(f"/proc/self/fd/{lending.inherit(self.fd)}")
@@ -109,7 +117,13 @@ class FilesRule:
         path: str | None,
         rewritten: Callable[[Option, str], Option],
     ) -> None:
-        if path is None or not os.path.isfile(path) or not os.access(path, os.R_OK):
+        if path is None:
+            return
+
+        def readable() -> bool:
+            return os.path.isfile(path) and os.access(path, os.R_OK)
+
+        if not draft.decide(f"file {path}", readable, otherwise=False):
             return
         kept = KeptFile(Path(path), lambda new: rewritten(option, new).argv())
         draft.kept.append(kept)

@@ -24,10 +24,11 @@ import select
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from segue.errors import SegueError
 from segue.kept import seccomp
+from segue.kept.saved import Loader, Saver
 from segue.kept.seccomp import Notification
 
 BELL_ID = "segue-bell"
@@ -139,6 +140,30 @@ class Guard:
             said = self._channel[0].recv(256, socket.MSG_DONTWAIT)
             return said.decode() if said.strip(b"\0") else None
         return None
+
+    def save(self, saver: Saver, instance: int) -> dict[str, Any]:
+        """`instance` is the number of the one that it guards."""
+        if self.listener < 0 or self._bell is None or self._their_bell is None:
+            return {}
+        saver.fd("listener", self.listener, held=(instance, self.held_listener))
+        saver.fd("bell", self._bell.fileno(), lent=True)
+        saver.fd("their-bell", self._their_bell.fileno(), lent=True)
+        return {"held": self.held_listener}
+
+    @classmethod
+    def load(cls, data: dict[str, Any], loader: Loader) -> Guard:
+        """What is to be watched is told again by `watch`, and then `go_on`."""
+        guard = cls()
+        if data:
+            guard.held_listener = data["held"]
+            guard.listener = loader.needed("listener")
+            guard._bell, guard._their_bell = loader.socket("bell"), loader.socket("their-bell")
+        return guard
+
+    def go_on(self) -> None:
+        """Answer the instance again, in another process."""
+        if self.listener >= 0:
+            asyncio.get_running_loop().add_reader(self.listener, self._readable)
 
     def lend(self, lendings: dict[int, int]) -> None:
         """Have each descriptor number of the instance mean ours: {its number: our descriptor}.

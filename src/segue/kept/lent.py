@@ -17,6 +17,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
+from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
 
@@ -46,6 +47,24 @@ class Lent(Kept):
     def arguments(self, lending: Lending) -> list[str]:
         return []
 
+    def save(self, saver: Saver) -> dict[str, Any]:
+        for name, fd in self._named.items():
+            saver.fd(f"named.{name}", fd, lent=True)
+        for index, lent in enumerate(self._sets):
+            saver.fd(f"set{index}", lent.fd, lent=True)
+        return {
+            "named": list(self._named),
+            "sets": [[lent.fdset, lent.opaque, lent.number] for lent in self._sets],
+        }
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        for name in data["named"]:
+            if (fd := loader.fd(f"named.{name}")) is not None:
+                self._named[name] = fd
+        for index, (fdset, opaque, number) in enumerate(data["sets"]):
+            if (fd := loader.fd(f"set{index}")) is not None:
+                self._sets.append(_Fd(fd, fdset, opaque, number))
+
     def observe(
         self, command: str, arguments: dict[str, Any], fds: Sequence[int], answer: Any
     ) -> None:
@@ -62,6 +81,9 @@ class Lent(Kept):
             case _ if self._named:
                 for name in set(_words(arguments)).intersection(self._named):
                     self._forget(name)
+            case _:
+                return
+        self.changed()
 
     def _forget(self, name: str) -> None:
         if name in self._named:
@@ -122,6 +144,14 @@ class AddFd(Kept):
                 f"{self._option}: there is no such descriptor",
                 hint="it must be open in the caller of segue run",
             ) from None
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        if self._fd is not None:
+            saver.fd("fd", self._fd, lent=True)
+        return {}
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self._fd = loader.fd("fd")
 
     def arguments(self, lending: Lending) -> list[str]:
         if self._fd is None:

@@ -67,7 +67,7 @@ class LifecycleRule:
             date = datetime.datetime.fromisoformat(base)
         except ValueError:
             return
-        started = time.monotonic()
+        started = draft.decide("started", time.monotonic, otherwise=time.monotonic())
 
         def arguments(lending: Lending) -> list[str]:
             if lending.first:

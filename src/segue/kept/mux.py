@@ -23,6 +23,7 @@ from segue.kept.base import Kept, Lending
 from segue.kept.broker import TO_CLIENT, TO_GUEST, Broker
 from segue.kept.channel import Channel, SocketChannel, Watches
 from segue.kept.endpoints import Endpoint
+from segue.kept.saved import Loader, Saver, raw
 
 _PIECE = 65536
 _HELP = (
@@ -44,11 +45,28 @@ class Front:
     monitor: bool = False
 
 
+class _LegChannel(SocketChannel):
+    """What a front's broker has of the mux. It is made anew for a client that outlives both."""
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        return super().save(saver) if saver.exact else {}
+
+
 class _Port(Endpoint):
     """The mux as a front's broker sees it."""
 
     async def start(self) -> None:
         """It is opened by the mux, when there is a client."""
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        sock = loader.socket("socket")
+        if sock is None or channel is None:
+            return None
+        again = _LegChannel(sock)
+        again.returning = channel["returning"]
+        return again
 
     def identity(self) -> dict[str, Any]:
         return {}
@@ -98,6 +116,8 @@ class Mux(Kept):
         self._watches = Watches()
         self._legs = [self._leg(front, shared or {}, index) for index, front in enumerate(fronts)]
         self._focus = len(fronts) - 1
+        for leg in self._legs:
+            leg.broker.changed = lambda: self.changed()
         endpoint.came = self._client_came
         endpoint.broke = self._break
 
@@ -116,6 +136,51 @@ class Mux(Kept):
 
     async def start(self) -> None:
         await self.endpoint.start()
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        channel = self._channel
+        return {
+            "endpoint": self.endpoint.save(saver.within("end")),
+            "channel": None if channel is None else channel.save(saver.within("end")),
+            "input_ended": self._input_ended,
+            "to_client": saver.bytes(self.to_client),
+            "escaped": self._escaped and saver.exact,
+            "stamps": None if self._stamps is None else self._stamps.save(),
+            "focus": self._focus,
+            "legs": [self._save_leg(leg, saver.within(leg.front.id)) for leg in self._legs],
+        }
+
+    @staticmethod
+    def _save_leg(leg: _Leg, saver: Saver) -> dict[str, Any]:
+        if leg.sock is not None and saver.exact:
+            saver.fd("leg", leg.sock.fileno())
+        return {
+            "pending": saver.bytes(leg.pending),
+            "greeted": leg.greeted,
+            "broker": leg.broker.save(saver),
+        }
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self._input_ended, self._escaped = data["input_ended"], data["escaped"]
+        self._focus = data["focus"]
+        if data["stamps"] is not None:
+            self._stamps = _Timestamps.load(data["stamps"])
+        for leg, saved in zip(self._legs, data["legs"], strict=True):
+            inner = loader.within(leg.front.id)
+            leg.greeted = saved["greeted"]
+            leg.pending += raw(saved["pending"])
+            leg.sock = inner.socket("leg")
+            if leg.sock is not None:
+                leg.sock.setblocking(False)
+            await leg.broker.load(saved["broker"], inner)
+        channel = await self.endpoint.load(data["endpoint"], data["channel"], loader.within("end"))
+        if channel is not None:
+            self._channel = channel
+            self.to_client += raw(data["to_client"])
+            for leg in self._legs:
+                if leg.sock is None and (not leg.front.monitor or leg is self._legs[self._focus]):
+                    self._join(leg)
+        self._pump()
 
     def arguments(self, lending: Lending) -> list[str]:
         return [word for broker in self.brokers for word in broker.arguments(lending)]
@@ -190,6 +255,7 @@ class Mux(Kept):
             leg.greeted = False
             if not leg.front.monitor or leg is self._legs[self._focus]:
                 self._join(leg)
+        self.changed()
         self._pump()
 
     def _client_left(self) -> None:
@@ -203,12 +269,13 @@ class Mux(Kept):
         for leg in self._legs:
             self._part(leg)
         self.endpoint.left()
+        self.changed()
         self._pump()
 
     def _join(self, leg: _Leg) -> None:
         leg.sock, theirs = socket.socketpair()
         leg.sock.setblocking(False)
-        channel = SocketChannel(theirs)
+        channel = _LegChannel(theirs)
         channel.returning = leg.greeted
         leg.greeted = True
         leg.port.came(channel)
@@ -360,6 +427,15 @@ class _Timestamps:
     def __init__(self) -> None:
         self._start: float | None = None
         self._new_line = False
+
+    def save(self) -> list[Any]:
+        return [self._start, self._new_line]
+
+    @classmethod
+    def load(cls, saved: list[Any]) -> _Timestamps:
+        stamps = cls()
+        stamps._start, stamps._new_line = saved
+        return stamps
 
     def mark(self, data: bytes) -> bytes:
         marked = bytearray()

@@ -12,6 +12,9 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
+
+from segue.kept.saved import Loader, Saver
 
 # Towards the guest: small, since what waits there at an upgrade is taken back in the blackout.
 # The kernel doubles it, and counts about 0.8 KiB for each single byte that was sent alone.
@@ -24,10 +27,14 @@ _ALL = 1 << 19
 
 @dataclass
 class Pair:
-    """`ours` is None for a pair whose far side is closed: QEMU sees that nobody is there."""
+    """`ours` is None for a pair whose far side is closed: QEMU sees that nobody is there.
+
+    `inherited`: the instance has a duplicate of `ours` from its start.
+    """
 
     ours: socket.socket | None
     theirs: socket.socket
+    inherited: bool = True
 
     @classmethod
     def make(cls) -> Pair:
@@ -41,6 +48,23 @@ class Pair:
         pair = cls.make()
         pair.hang_up()
         return pair
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("theirs", self.theirs.fileno(), lent=True)
+        if self.ours is not None:
+            saver.fd("ours", self.ours.fileno(), lent=self.inherited)
+        return {"inherited": self.inherited}
+
+    @classmethod
+    def load(cls, data: dict[str, Any], loader: Loader) -> Pair:
+        ours, theirs = loader.socket("ours"), loader.socket("theirs")
+        if theirs is None:
+            if ours is not None:
+                ours.close()
+            return cls.dead()
+        if ours is not None:
+            ours.setblocking(False)
+        return cls(ours, theirs, data["inherited"])
 
     @property
     def inode(self) -> int:

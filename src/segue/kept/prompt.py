@@ -9,6 +9,10 @@ unfinished is erased, or the next client's command would begin with it.
 
 from __future__ import annotations
 
+from typing import Any
+
+from segue.kept.saved import raw, text
+
 _PROMPT = b"(qemu) "
 _END_OF_LINE, _BACKSPACE = b"\x05", b"\x7f"
 # A banner is about 70 bytes; what goes on for longer is none.
@@ -72,6 +76,34 @@ class Prompt:
         if self.banner:
             instead = b"\r\n" + _PROMPT if line else b""
         return Prompt(_edited(line), instead)
+
+    def save(self, exact: bool) -> dict[str, Any]:
+        if not exact:
+            return Prompt._known(self.banner).save(True)
+        return {
+            "banner": text(self.banner),
+            "retyped": text(self.retyped),
+            "instead": None if self._instead is None else text(self._instead),
+            "capturing": None if self._capturing is None else text(self._capturing),
+            "sent": text(self._sent),
+        }
+
+    @classmethod
+    def _known(cls, banner: bytes) -> Prompt:
+        """One of which nothing is known but that it has greeted."""
+        prompt = cls()
+        if banner:
+            prompt.banner, prompt._capturing = banner, None
+        return prompt
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> Prompt:
+        instead, capturing = data["instead"], data["capturing"]
+        prompt = cls(raw(data["retyped"]), None if instead is None else raw(instead))
+        prompt.banner = raw(data["banner"])
+        prompt._capturing = None if capturing is None else bytearray(raw(capturing))
+        prompt._sent = bytearray(raw(data["sent"]))
+        return prompt
 
     def client_left(self) -> bytes:
         """What has to be typed to leave an empty line to the next client."""

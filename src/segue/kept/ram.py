@@ -16,6 +16,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Computed, Draft, Words
+from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 from segue.qemu.options import Params, format_size, parse_size
 
@@ -57,6 +58,18 @@ class GuestRam(Kept):
     async def start(self) -> None:
         """Make the memory. Raises SegueError, with QEMU's reason, if there is not enough."""
         self.fd = self._make()
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("memory", self.fd, lent=True)
+        for number, fd in self._copies.items():
+            saver.fd(f"copy{number}", fd, lent=True)
+        return {"copies": list(self._copies)}
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self.fd = loader.needed("memory")
+        for number in data["copies"]:
+            if (fd := loader.fd(f"copy{number}")) is not None:
+                self._copies[number] = fd
 
     def _make(self) -> int:
         try:

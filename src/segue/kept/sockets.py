@@ -13,6 +13,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.channel import Channel, SocketChannel, socket_cookie
 from segue.kept.endpoints import Endpoint, Say, address_family, resolve
+from segue.kept.saved import Loader, Saver
 from segue.kept.telnet import TelnetChannel
 from segue.qemu.options import Params
 
@@ -25,6 +26,18 @@ class _SocketEndpoint(Endpoint):
         self._label = label
         self._params = params
         self._say = say
+
+    def _load_channel(self, channel: dict[str, Any] | None, loader: Loader) -> Channel | None:
+        sock = loader.socket("socket")
+        if sock is None or channel is None:
+            return None
+        again: SocketChannel
+        if "greeting" in channel:
+            again = TelnetChannel(sock, self.broke, channel)
+        else:
+            again = SocketChannel(sock)
+        again.returning = channel["returning"]
+        return again
 
     def _channel(self, sock: socket.socket) -> Channel:
         nodelay = not self._params.boolean("delay", True) or self._params.boolean("nodelay", False)
@@ -55,6 +68,31 @@ class Server(_SocketEndpoint):
         if self._params.boolean("wait", True):
             self.say_waiting()
             await self._first
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        for number, listener in enumerate(self._listeners):
+            saver.fd(f"listener{number}", listener.fileno())
+        return {"listeners": len(self._listeners), "made": self._made}
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        await self.load_listeners(data, loader)
+        self._first = None
+        again = self._load_channel(channel, loader)
+        self._accept(again is None)
+        return again
+
+    async def load_listeners(self, data: dict[str, Any], loader: Loader) -> list[socket.socket]:
+        """The listening sockets that another process had; new ones where they are lost."""
+        found = [loader.socket(f"listener{number}") for number in range(data["listeners"])]
+        self._listeners = [sock for sock in found if sock is not None]
+        self._made = None if data["made"] is None else (data["made"][0], data["made"][1])
+        if not self._listeners:
+            self._listeners = await self.listen()
+        for listener in self._listeners:
+            listener.setblocking(False)
+        return self._listeners
 
     async def listen(self) -> list[socket.socket]:
         """The listening sockets, for who serves them by itself; `close` removes their path."""
@@ -174,6 +212,14 @@ class Client(_SocketEndpoint):
             self._trying = asyncio.create_task(self._try(0))
         else:
             self.came(self._channel(await self._connect()))
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        again = self._load_channel(channel, loader)
+        if again is None:
+            self.left()
+        return again
 
     def left(self) -> None:
         if self._pause:

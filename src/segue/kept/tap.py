@@ -35,6 +35,7 @@ from segue.errors import SegueError
 from segue.kept import processes, tun
 from segue.kept.base import Kept, Lending
 from segue.kept.guard import Call, Guard
+from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 
 VHOST_NET = Path("/dev/vhost-net")
@@ -148,6 +149,47 @@ class Tap(Kept):
         except OSError as error:
             raise SegueError(f"{self._option}: {error.strerror}") from None
 
+    # -- another process --------------------------------------------------------------------
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        # Not lent: while the guest is paused, no instance has them in their places.
+        for queue, fd in enumerate(self.queues):
+            saver.fd(f"queue{queue}", fd)
+        if (steering := self._in_force.get((0, tun.TUNSETSTEERINGEBPF), -1)) >= 0:
+            saver.fd("steering", steering)
+        return {
+            "interface": self.interface,
+            "queues": len(self.queues),
+            "offloads": self._offloads,
+            "in_force": _plain(self._in_force),
+            "live": self._live,
+            "borrowers": {
+                str(number): [place.number for place in borrower.places]
+                for number, borrower in self._borrowers.items()
+            },
+        }
+
+    async def load(self, data: dict[str, Any], loader: Loader) -> None:
+        self.queues = [loader.needed(f"queue{queue}") for queue in range(data["queues"])]
+        self.interface, self._offloads = data["interface"], data["offloads"]
+        self._live = self._was_live = data["live"]
+        self._in_force = {(queue, request): value for queue, request, value in data["in_force"]}
+        if (0, tun.TUNSETSTEERINGEBPF) in self._in_force:
+            steering = loader.fd("steering")
+            self._in_force[0, tun.TUNSETSTEERINGEBPF] = -1 if steering is None else steering
+        if not loader.exact:
+            for setter, getter in tun.INT_SETTERS.items():
+                with contextlib.suppress(OSError):
+                    self._in_force[0, setter] = tun.get_int(self.queues[0], getter)
+        for number, places in data["borrowers"].items():
+            guard = loader.guards.get(int(number))
+            if guard is not None:
+                # Whoever was killed may have put stand-ins there: `restore` is to undo that.
+                off = not loader.exact
+                self._borrowers[int(number)] = Borrower(guard, [Place(n) for n in places], off=off)
+                self._watch(int(number))
+        self._set_down_script()
+
     # -- opening ----------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -182,9 +224,15 @@ class Tap(Kept):
         script = params.get("script", _SCRIPT)
         if script not in ("", "no", None):
             _run_script(script, name)
+        self._set_down_script()
+
+    def _set_down_script(self) -> None:
+        params = self._option.params
+        if any(key in params for key in ("fd", "fds", "helper")) or params.get("type") == "bridge":
+            return
         down = params.get("downscript", _DOWN_SCRIPT)
         if down not in ("", "no", None):
-            self._down = lambda: _run_script(down, name)
+            self._down = lambda: _run_script(down, self.interface)
 
     def _from_helper(self) -> int:
         params = self._option.params
@@ -228,15 +276,14 @@ class Tap(Kept):
 
     def arguments(self, lending: Lending) -> list[str]:
         places = []
-        for queue, fd in enumerate(self.queues):
+        for fd in self.queues:
             place = Place(fd)
             if not lending.first:
                 place.number = place.stand_in()
             places.append(place)
             lending.inherit(place.number)
-            watcher = Queue(self, lending.number, queue)
-            lending.guard.watch(place.number, [*tun.SETTERS, *tun.GETTERS], watcher)
         self._borrowers[lending.number] = Borrower(lending.guard, places)
+        self._watch(lending.number)
         params = self._option.params.without(*_ORIGIN).set("type", "tap")
         if lending.first:
             for key in _VHOST_FDS:
@@ -248,6 +295,12 @@ class Tap(Kept):
         numbers = ":".join(str(place.number) for place in places)
         key = "fds" if len(places) > 1 or "fds" in self._option.params else "fd"
         return self._option.with_params(params.set(key, numbers)).argv()
+
+    def _watch(self, number: int) -> None:
+        borrower = self._borrowers[number]
+        for queue, place in enumerate(borrower.places):
+            watcher = Queue(self, number, queue)
+            borrower.guard.watch(place.number, [*tun.SETTERS, *tun.GETTERS], watcher)
 
     def ioctl(self, instance: int, queue: int, call: Call) -> bool:
         """What an instance asks of its queue; see `guard.Watcher`."""
@@ -266,6 +319,7 @@ class Tap(Kept):
             return True
         tun.set_value(fd, request, value)
         self._note(self._in_force, queue, request, value)
+        self.changed()
         return True
 
     def _lent(self, pid: int, number: int, fd: int) -> bool:
@@ -329,6 +383,7 @@ class Tap(Kept):
             place.end_relay(queue)
 
     def switch(self, number: int) -> None:
+        self._live = number
         self._before = None
 
     def drop(self, number: int) -> None:
@@ -391,6 +446,10 @@ class Tap(Kept):
         for fd in self.queues:
             os.close(fd)
         self.queues = []
+
+
+def _plain(settings: Settings) -> list[list[int]]:
+    return [[queue, request, value] for (queue, request), value in settings.items()]
 
 
 def _is_writable(fd: int) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from typing import Any
 
 from segue.kept.channel import SocketChannel
+from segue.kept.saved import Saver, raw, text
 
 IAC = 0xFF
 BREAK = 0xF3
@@ -19,12 +21,19 @@ GREETING = bytes.fromhex("fffb01 fffb03 fffb00 fffd00")
 
 
 class TelnetChannel(SocketChannel):
-    def __init__(self, sock: socket.socket, broke: Callable[[], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, broke: Callable[[], None], known: dict[str, Any] | None = None
+    ) -> None:
+        """`known` is what `save` gave for a client that has been greeted."""
         super().__init__(sock)
-        self._greeting = GREETING
+        self._greeting = GREETING if known is None else raw(known["greeting"])
         self._broke = broke
-        self._seen = 0  # bytes of a command so far
+        self._seen = 0 if known is None else known["seen"]  # bytes of a command so far
         self._greet()
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        more = {"greeting": text(self._greeting), "seen": self._seen} if saver.exact else {}
+        return super().save(saver) | {"greeting": "", "seen": 0} | more
 
     def recv(self, size: int) -> bytes:
         data = super().recv(size)

@@ -14,6 +14,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.channel import Channel, Descriptor, DescriptorChannel
 from segue.kept.endpoints import Endpoint, Say
+from segue.kept.saved import Loader, Saver, raw, text
 
 _LOOK = 0.5  # seconds between looks for somebody who opens a pty; QEMU takes 1
 
@@ -60,6 +61,9 @@ class RawTerminal:
         except termios.error:
             return
         self._apply()
+        self._watch()
+
+    def _watch(self) -> None:
         atexit.register(self.restore)
         # A shell that stopped us with Ctrl-Z has put its own modes back. As QEMU, only the
         # way back in is ours: stopping is left to the shell.
@@ -75,6 +79,19 @@ class RawTerminal:
         with contextlib.suppress(termios.error):
             termios.tcsetattr(self._fd, termios.TCSANOW, self._old)
         self._old = None
+
+    def save(self) -> list[Any] | None:
+        """The modes that `restore` brings back."""
+        if self._old is None:
+            return None
+        *modes, keys = self._old
+        return [*modes, [text(k) if isinstance(k, bytes) else k for k in keys]]
+
+    def load(self, saved: list[Any] | None) -> None:
+        if saved is not None:
+            *modes, keys = saved
+            self._old = [*modes, [raw(k) if isinstance(k, str) else k for k in keys]]
+            self._watch()
 
     def _apply(self) -> None:
         with contextlib.suppress(termios.error):
@@ -96,6 +113,18 @@ class Stdio(Endpoint):
             raise SegueError(f"cannot use stdio: {error.strerror}") from None
         self._terminal.enter()
         self.came(DescriptorChannel(reads, writes))
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        return {"terminal": self._terminal.save()}
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        # The shell that started a supervisor that was killed has its terminal back.
+        if not loader.exact:
+            return None
+        self._terminal.load(data["terminal"])
+        return None if channel is None else DescriptorChannel.load(channel, loader)
 
     def close(self) -> None:
         self._terminal.restore()
@@ -123,6 +152,9 @@ class PtyChannel(Channel):
         if hung_up(self.writes):
             return len(data)
         return os.write(self.writes, data)
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        return {}
 
     def close(self) -> None:
         """The master stays: its slave's path is the user's for as long as the machine runs."""
@@ -156,6 +188,26 @@ class Pty(Endpoint):
                     f"Failed to create PTY symlink: {error.strerror}", f"remove {link}"
                 ) from None
         self._look()
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        saver.fd("master", self._master)
+        return {"path": self.path, "link": self._link}
+
+    async def load(
+        self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader
+    ) -> Channel | None:
+        master = loader.fd("master")
+        if master is None:
+            if data["link"] is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(data["link"])
+            await self.start()
+            return None
+        self._master, self.path, self._link = master, data["path"], data["link"]
+        if channel is not None:
+            return PtyChannel(master)
+        self._look()
+        return None
 
     def left(self) -> None:
         self._look()

@@ -117,5 +117,6 @@ class ValuesRule:
 
     def _fix_guid(self, draft: Draft, option: Option) -> None:
         if option.params.get("driver") == "vmgenid" and option.params.get("guid") == "auto":
-            guid = str(uuid.uuid4())
+            name = f"guid {option.params.get('id') or ''}"
+            guid = draft.decide(name, lambda: str(uuid.uuid4()), otherwise="auto")
             draft.replace(option, option.with_params(option.params.set("guid", guid)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 # What a viewer that does not read can be behind. Beyond it the oldest output is dropped: a
@@ -10,11 +11,17 @@ LAG = 256 * 1024
 
 
 class Viewer:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, pending: bytes = b"") -> None:
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
-        self.pending = bytearray()
+        self.pending = bytearray(pending)
+
+    def close(self) -> None:
+        # An instance may hold a duplicate, which would keep the connection open.
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
     def feed(self, data: bytes) -> None:
         self.pending += data

@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import json
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class Monitor:
         self._to_send: list[tuple[bytes, list[int]]] = []
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
+        self._first_line_may_be_cut = False
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @classmethod
@@ -104,6 +106,52 @@ class Monitor:
         if len(self._to_send) == 1:
             self._flush()
         return future
+
+    def save(self) -> dict[str, Any]:
+        """All that another process needs beside the socket, while no command is under way."""
+        return {
+            "greeting": self.greeting,
+            "received": self._received.decode("latin-1"),
+            "ids": next(self._ids),
+        }
+
+    @classmethod
+    def load(cls, sock: socket.socket, data: dict[str, Any]) -> Monitor:
+        self = cls(sock)
+        self.greeting = data["greeting"]
+        self._greeted.set_result(None)
+        self._received += data["received"].encode("latin-1")
+        self._ids = itertools.count(data["ids"])
+        return self
+
+    @classmethod
+    async def recover(
+        cls, sock: socket.socket, greeting: dict[str, Any], timeout: float = 10
+    ) -> Monitor:
+        """Take up a connection whose user was killed, maybe in the middle of a message.
+
+        0xff ends whatever QEMU's parser is in; what is left of QEMU's own last line ends with it.
+        Raises MonitorClosed, TimeoutError after `timeout` seconds.
+        """
+        self = cls(sock)
+        self.greeting = greeting
+        self._greeted.set_result(None)
+        # Answers to the dead user's commands must not be taken for ours.
+        self._ids = itertools.count(time.monotonic_ns())
+        self._first_line_may_be_cut = True
+        self._to_send.append((b"\xff\n", []))
+        self._flush()
+        try:
+            await self.execute("query-status", timeout=timeout)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @property
+    def idle(self) -> bool:
+        """Whether no command is under way."""
+        return not self._pending and not self._to_send
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with each event as it is read; returns how to end that."""
@@ -182,10 +230,12 @@ class Monitor:
 
     def _message(self, line: bytes) -> None:
         """Act on one line. A monitor that says what none would say is broken: it is closed."""
+        cut, self._first_line_may_be_cut = self._first_line_may_be_cut, False
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
-            self.close()
+            if not cut:
+                self.close()
             return
         match message:
             case {"event": str()}:
@@ -197,7 +247,7 @@ class Monitor:
                     self._greeted.set_result(None)
             case {"return": _} | {"error": {"class": str(), "desc": str()}}:
                 self._reply(message)
-            case _:
+            case _ if not cut:
                 self.close()
 
     def _reply(self, message: dict[str, Any]) -> None:
