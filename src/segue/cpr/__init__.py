@@ -1,0 +1,50 @@
+"""Checkpoint and restart for any Python daemon: a process that replaces itself and drops nothing.
+
+Declare what must live on as sections, in the module that both the old and the new code import:
+
+    @section("chat", version=2, oldest=1)
+    @dataclass(frozen=True)
+    class Chat:
+        listener: Descriptor
+        sequence: int
+        rooms: dict[str, bytes]
+
+    state = State(Chat(Descriptor.of("listener", sock), 7, {}))
+    fd = state.save()                        # a sealed memfd
+    chat = State.load(fd, Chat).get(Chat)    # Refused, with a reason, unless all is as it was
+
+`State.dump()` and `State.parse(data, *kinds, descriptors={name: fd})` are the same with bytes, for
+state files and descriptors whose numbers have changed; `entries(data)` says which ones to fetch.
+
+Standard library only; it knows nothing of QEMU, nor of the rest of Segue. docs/cpr-library.md
+is its manual.
+"""
+
+from segue.cpr.descriptor import Descriptor, Identity
+from segue.cpr.errors import (
+    CprError,
+    ExecFailed,
+    Misuse,
+    NoAnswer,
+    Reason,
+    Refused,
+    TransferFailed,
+)
+from segue.cpr.section import section
+from segue.cpr.state import Entry, State, entries
+
+__all__ = [
+    "CprError",
+    "Descriptor",
+    "Entry",
+    "ExecFailed",
+    "Identity",
+    "Misuse",
+    "NoAnswer",
+    "Reason",
+    "Refused",
+    "State",
+    "TransferFailed",
+    "entries",
+    "section",
+]
