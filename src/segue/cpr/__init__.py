@@ -13,6 +13,15 @@ Declare what must live on as sections, in the module that both the old and the n
     fd = state.save()                        # a sealed memfd
     chat = State.load(fd, Chat).get(Chat)    # Refused, with a reason, unless all is as it was
 
+A program that can be replaced begins like this, and calls `restart` when it is to be:
+
+    with resumed() as arrival:               # None where it was simply started
+        from chat import Chat, serve
+        chat = arrival.load(Chat).get(Chat) if arrival else Chat(listen(), 0, {})
+    serve(chat)
+
+    restart(State(chat), [sys.executable, "-m", "chat"])     # never returns, or raises
+
 `State.dump()` and `State.parse(data, *kinds, descriptors={name: fd})` are the same with bytes, for
 state files and descriptors whose numbers have changed; `entries(data)` says which ones to fetch.
 
@@ -20,6 +29,7 @@ Standard library only; it knows nothing of QEMU, nor of the rest of Segue. docs/
 is its manual.
 """
 
+from segue.cpr.arrival import Arrival, How, resumed
 from segue.cpr.descriptor import Descriptor, Identity
 from segue.cpr.errors import (
     CprError,
@@ -30,21 +40,28 @@ from segue.cpr.errors import (
     Refused,
     TransferFailed,
 )
+from segue.cpr.restart import Question, ask, restart
 from segue.cpr.section import section
 from segue.cpr.state import Entry, State, entries
 
 __all__ = [
+    "Arrival",
     "CprError",
     "Descriptor",
     "Entry",
     "ExecFailed",
+    "How",
     "Identity",
     "Misuse",
     "NoAnswer",
+    "Question",
     "Reason",
     "Refused",
     "State",
     "TransferFailed",
+    "ask",
     "entries",
+    "restart",
+    "resumed",
     "section",
 ]

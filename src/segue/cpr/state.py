@@ -12,7 +12,7 @@ Numbers are little-endian. The body:
 
     {"descriptors": [{"name", "fd", "kind", "facts"}],                 see descriptor.py
      "sections":    [{"name", "version", "optional", "fields", "descriptors": [NAME]}],
-     "back":        {"executable", "argv", "env", "mask"} or null}     see restart.py
+     "back":        {"argv", "env", "mask"} or null}                   see restart.py
 
 A higher version of the format is refused: what may be added without one goes into `fields`, which
 have versions of their own. JSON because a person can read it; pickle would run what it reads.
@@ -54,7 +54,6 @@ class Entry:
 class Back:
     """How the code that saved the state is executed again, and the signal mask that it had."""
 
-    executable: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
     mask: tuple[int, ...]
@@ -180,7 +179,6 @@ def dump(state: State, back: Back | None) -> bytes:
         "back": None
         if back is None
         else {
-            "executable": back.executable,
             "argv": list(back.argv),
             "env": dict(back.env),
             "mask": list(back.mask),
@@ -216,8 +214,10 @@ class Parsed:
                 for each in body["sections"]
             ]
             back = body["back"]
-            self.back = back and Back(
-                back["executable"], tuple(back["argv"]), back["env"], tuple(back["mask"])
+            self.back = (
+                None
+                if back is None
+                else Back(tuple(back["argv"]), _is(dict, back["env"]), tuple(back["mask"]))
             )
         except (LookupError, TypeError, ValueError) as error:
             raise Refused(f"the state is damaged: {error!r}", reason=Reason.ALTERED) from error

@@ -1,0 +1,216 @@
+"""How a state arrives: `resumed` for code that was executed, and what it has in common with others.
+
+What restart.py puts into the environment, as SEGUE_CPR; `resumed` takes it out again:
+
+    ask FD ANSWER SECONDS   only load the state in FD, tell in ANSWER whether that can be done, end
+    restart FD              load it and go on; the code before us was replaced by us
+    back FD REASON          the same; we are that code again, the newer one did not get ready
+
+An answer is one line of JSON: {} for yes, otherwise {"reason", "what", "hint"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any, NoReturn
+
+from segue.cpr.errors import CprError, Misuse, Reason, Refused
+from segue.cpr.state import Parsed, State, read_all
+
+ENVIRONMENT = "SEGUE_CPR"
+# One string of the environment may be 128 KiB long.
+_LONGEST_REASON = 4096
+
+
+class How(Enum):
+    RESTART = "restart"
+    BACK = "back"
+    TRANSFER = "transfer"
+
+
+class Arrival:
+    """A state that has arrived; `how`, and with `How.BACK` the `reason` why it came back to us."""
+
+    def __init__(
+        self,
+        how: How,
+        data: bytes,
+        *,
+        descriptors: Mapping[str, int] | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.how = how
+        self.reason = reason
+        self._data = data
+        self._descriptors = descriptors
+        self._state: State | None = None
+
+    def load(self, *kinds: type[Any]) -> State:
+        """The state as sections of these kinds. Raises Refused, which the block should pass on.
+
+        Code that is only asked ends in here: what comes after this call may open, bind and change
+        things; what comes before it may not.
+        """
+        self._state = State.parse(self._data, *kinds, descriptors=self._descriptors)
+        return self._state
+
+    def _settle(self) -> None:
+        """The block ended well: what was kept for the way back is let go."""
+        if self._state is None:
+            raise Refused("the state was not loaded", "call Arrival.load()", Reason.FAILED)
+        self._state.close_ignored()
+
+
+class _Asked(Arrival):
+    def __init__(self, data: bytes, answer: int) -> None:
+        super().__init__(How.RESTART, data)
+        self._answer = answer
+
+    def load(self, *kinds: type[Any]) -> NoReturn:
+        super().load(*kinds)
+        _end(self._answer, None)
+
+
+@contextlib.contextmanager
+def resumed() -> Iterator[Arrival | None]:
+    """The state that this process was executed with; None where it simply was started.
+
+    The block, at the top of the program, loads the state and makes everything ready: signals are
+    blocked until it ends. Whatever exception leaves it, the code that was replaced is executed
+    again with the same state, so the block should hold the program's imports too, and should
+    neither read nor write what was kept.
+    """
+    letter = os.environ.pop(ENVIRONMENT, None)
+    if letter is None:
+        yield None
+        return
+    word, _, rest = letter.partition(" ")
+    match word:
+        case "ask":
+            fd, answer, seconds = map(int, rest.split())
+            yield from _asked(fd, answer, seconds)
+        case "restart":
+            yield from _restarted(int(rest))
+        case "back":
+            number, _, reason = rest.partition(" ")
+            yield from _went_back(int(number), reason)
+        case _:
+            raise Misuse(f"{ENVIRONMENT}={letter} is of a segue.cpr that this one does not know")
+
+
+def _asked(fd: int, answer: int, seconds: int) -> Iterator[Arrival]:
+    # Whoever asked kills us after that time; if it was itself killed, nobody does.
+    signal.alarm(seconds)
+    for each in (fd, answer):
+        os.set_inheritable(each, False)
+    try:
+        yield _Asked(read_all(fd), answer)
+    except BaseException as error:
+        _end(answer, error)
+    _end(answer, Refused("the state was not loaded", "call Arrival.load()", Reason.FAILED))
+
+
+def _end(answer: int, error: BaseException | None) -> NoReturn:
+    # Not sys.exit(): what the program registered for its end is not for a process that never began.
+    with contextlib.suppress(OSError):
+        os.write(answer, to_line(error))
+    os._exit(0)
+
+
+def _restarted(fd: int) -> Iterator[Arrival]:
+    os.set_inheritable(fd, False)
+    parsed: Parsed | None = None
+    try:
+        data = read_all(fd)
+        parsed = Parsed(data)
+        arrival = Arrival(How.RESTART, data)
+        yield arrival
+        arrival._settle()
+    except BaseException as error:
+        if parsed is not None and parsed.back is not None:
+            _go_back(fd, parsed, error)
+        raise
+    _arrived(fd, parsed)
+
+
+def _went_back(fd: int, reason: str) -> Iterator[Arrival]:
+    os.set_inheritable(fd, False)
+    data = read_all(fd)
+    arrival = Arrival(How.BACK, data, reason=reason)
+    yield arrival
+    arrival._settle()
+    _arrived(fd, Parsed(data))
+
+
+def _arrived(fd: int, parsed: Parsed) -> None:
+    os.close(fd)
+    if parsed.back is not None:
+        # What was blocked meanwhile comes now, to the handlers that the block has installed.
+        signal.pthread_sigmask(signal.SIG_SETMASK, parsed.back.mask)
+
+
+def _go_back(fd: int, parsed: Parsed, error: BaseException) -> None:
+    """Execute the code that we have replaced. Returns only if that is impossible."""
+    assert parsed.back is not None
+    reason = describe(error).replace("\0", "")[:_LONGEST_REASON]
+    environment = dict(parsed.back.env) | {ENVIRONMENT: f"{How.BACK.value} {fd} {reason}"}
+    passed = [fd, *(entry.fd for entry in parsed.entries)]
+    try:
+        execute(parsed.back.argv, environment, passed)
+    except (OSError, ValueError) as failure:
+        error.add_note(f"{parsed.back.argv[0]} could not be executed again: {failure}")
+
+
+def execute(argv: tuple[str, ...], environment: Mapping[str, str], passed: list[int]) -> NoReturn:
+    """exec() with these descriptors and the standard three; if it fails, all is as it was."""
+    before = {}
+    for name in os.listdir("/proc/self/fd"):
+        # The directory's own descriptor is listed too, and closed by now.
+        with contextlib.suppress(OSError):
+            before[int(name)] = os.get_inheritable(int(name))
+    wanted = {0, 1, 2, *passed}
+    try:
+        for number, inheritable in before.items():
+            if inheritable != (number in wanted):
+                os.set_inheritable(number, number in wanted)
+        os.execvpe(argv[0], argv, environment)  # noqa: S606
+    except BaseException:
+        for number, inheritable in before.items():
+            with contextlib.suppress(OSError):
+                os.set_inheritable(number, inheritable)
+        raise
+
+
+def describe(error: BaseException) -> str:
+    if isinstance(error, CprError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def to_line(error: BaseException | None) -> bytes:
+    if error is None:
+        answer: dict[str, Any] = {}
+    elif isinstance(error, Refused):
+        answer = {"reason": error.reason.value, "what": error.what, "hint": error.hint}
+    else:
+        answer = {"reason": Reason.FAILED.value, "what": describe(error), "hint": None}
+    return json.dumps(answer).encode("ascii") + b"\n"
+
+
+def raise_from_line(line: bytes) -> None:
+    """Raises what `to_line` was given; ValueError for what is no answer."""
+    answer = json.loads(line)
+    if not isinstance(answer, dict):
+        raise ValueError("an answer is an object")
+    if not answer:
+        return
+    try:
+        reason = Reason(str(answer.get("reason")))
+    except ValueError:
+        reason = Reason.FAILED  # of a newer segue.cpr
+    raise Refused(str(answer.get("what")), answer.get("hint"), reason)
