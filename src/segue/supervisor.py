@@ -26,6 +26,7 @@ import segue
 from segue.errors import SegueError
 from segue.kept.base import Lending
 from segue.kept.broker import Broker
+from segue.kept.changes.survey import Changes
 from segue.kept.description import Description, describe
 from segue.kept.files import KeptFile
 from segue.kept.lent import AddFd, Lent
@@ -280,6 +281,8 @@ class Supervisor:
         name = event["event"]
         if name not in self._suppressed:
             self.server.emit(event)
+        if name == "DEVICE_DELETED" and "device" in event["data"]:
+            self.machine.changes.device_deleted(event["data"]["device"])
         if name in ("SHUTDOWN", "GUEST_PANICKED"):
             self._later(self._guest_ended(name, event.get("data", {})))
         elif name in _STATE_EVENTS and not self.upgrader.busy:
@@ -364,7 +367,7 @@ class Supervisor:
         stack.callback(log.close)
         server = QmpServer(Service(self).commands(), gate=self.gate, log=logger(log))
         server.observers += [
-            kept.observe for kept in self.machine.kept if isinstance(kept, Lent | AddFd)
+            kept.observe for kept in self.machine.kept if isinstance(kept, Lent | AddFd | Changes)
         ]
         stack.callback(server.close)
         return server

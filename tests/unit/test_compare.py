@@ -285,6 +285,17 @@ def answers() -> dict[str, Any]:
         "qom-get /machine type": "microvm-machine",
         "human-monitor-command info qtree": TREE,
         "human-monitor-command info ramblock": BLOCKS_7_2,
+        "x-debug-query-block-graph": {
+            "nodes": [
+                {"id": 1, "type": "block-backend", "name": "vd0"},
+                {"id": 2, "type": "block-driver", "name": "#block123"},
+            ],
+            "edges": [{"parent": 1, "child": 2, "name": "root"}],
+        },
+        "query-named-block-nodes True": [
+            {"node-name": "#block123", "drv": "file", "file": "/disk"},
+        ],
+        "query-block": [{"device": "vd0", "qdev": "/machine/peripheral-anon/device[0]/x"}],
         "query-cpus-fast": [{"cpu-index": 0, "qom-path": cpu, "props": {"core-id": 0}}],
         "query-memory-devices": [
             {"type": "virtio-mem", "data": {"id": "vm", "memaddr": 1, "max-size": 9, "size": 4}},
@@ -321,6 +332,16 @@ def test_describing_a_board_without_pci() -> None:
     assert found.devices == expected
     features = {"CPUID 0x1.0 EDX": 5, "CPUID 0x7.1 EAX": 6}
     assert found.cpus == (Cpu("max-x86_64-cpu", {"core-id": 0}, features),)
+    assert found.blocks == Counter(["drive vd0: file /disk"])
+
+
+def test_block_graphs_are_compared() -> None:
+    old = replace(machine(), blocks=Counter(["drive a: file /x", "drive b: empty"]))
+    new = replace(machine(), blocks=Counter(["drive a: file /y", "drive b: empty"]))
+    assert differences(old, new) == [
+        "drive a: file /x is only on the incumbent",
+        "drive a: file /y is only on the successor",
+    ]
 
 
 def test_only_commands_that_change_nothing() -> None:
@@ -331,6 +352,7 @@ def test_only_commands_that_change_nothing() -> None:
             "qom-get",
             "qom-list",
             "human-monitor-command",
+            "x-debug-query-block-graph",
         )
 
 

@@ -6,8 +6,10 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+from segue.errors import Blocker
 from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
+from segue.kept.changes.survey import Changes
 from segue.kept.characters import CharactersRule
 from segue.kept.display import DisplayRule
 from segue.kept.draft import Draft, Rule, apply
@@ -29,12 +31,16 @@ _CONSOLES = ("isa-serial", "pci-serial", "virtconsole", "sclpconsole", "spapr-vt
 
 @dataclass(frozen=True)
 class Description:
-    """`control` are the QMP monitors that the user asked for, with whether they print pretty."""
+    """`control` are the QMP monitors that the user asked for, with whether they print pretty.
+
+    `changes` is what became of it since.
+    """
 
     draft: Draft
     values: Values
     lifecycle: Lifecycle
     control: tuple[tuple[Chardev, bool], ...]
+    changes: Changes
 
     @property
     def kept(self) -> list[Kept]:
@@ -61,8 +67,14 @@ class Description:
         return None
 
     def argv(self, lending: Lending) -> list[str]:
-        words = self.draft.argv(lending)
-        return words if lending.first else [*words, "-S", *lending.incoming]
+        if lending.first:
+            return self.draft.argv(lending)
+        words = self.draft.argv(lending, self.changes.amend(self.draft.items))
+        return [*words, "-S", *lending.incoming]
+
+    async def survey(self, monitor: Monitor) -> list[Blocker]:
+        """See what became of the machine, for `argv`; what of it stands against an upgrade."""
+        return await self.changes.survey(monitor, self.draft.items)
 
     async def learn(self, monitor: Monitor) -> None:
         await self.values.learn(monitor)
@@ -107,4 +119,7 @@ def describe(
     ]
     draft = Draft(command_line, binary, decisions=decisions or {}, recalled=decisions is not None)
     apply(draft, rules)
-    return Description(draft, values, LifecycleRule.read(draft), tuple(characters.control))
+    changes = Changes()
+    draft.kept.append(changes)
+    control = tuple(characters.control)
+    return Description(draft, values, LifecycleRule.read(draft), control, changes)

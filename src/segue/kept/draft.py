@@ -117,10 +117,10 @@ class Draft:
     def note(self, what: str, why: str) -> None:
         self.notes.append(Note(what, why))
 
-    def argv(self, lending: Lending) -> list[str]:
-        """What one instance is started with, the program first."""
+    def argv(self, lending: Lending, items: Iterable[Option | Part] | None = None) -> list[str]:
+        """What one instance is started with, the program first; `items` in place of our own."""
         words = [str(lending.target.path)]
-        for item in self.items:
+        for item in self.items if items is None else items:
             words += item.arguments(lending) if isinstance(item, Part) else item.argv()
         return words
 

@@ -16,6 +16,8 @@ incumbent's guest booted and the successor fresh, `-S -incoming defer`):
   on one side only), while this tree was the same for all machine types that were tried.
   The user's devices without a bus come from /machine/peripheral and peripheral-anon.
 - Memory devices with their slots and addresses.
+- The block graph: what each drive, and each device with a disk, lies on, and the user's nodes
+  (kept/changes/graph.py).
 - CPUs: their number, type and place, and on x86 each CPUID word. A word that one release does not
   know counts as 0, which it is for all named models: 11.1's `max` has bits in leaf 0x80000021 for
   which 7.2 has no word, and a guest would see them appear.
@@ -27,10 +29,11 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from segue.errors import CommandFailed, QemuError
+from segue.kept.changes import graph
 from segue.qemu.monitor import Monitor
 
 # Board devices that a later release calls by another name, and that load each other's state.
@@ -106,6 +109,7 @@ class Description:
     devices: Counter[Device]
     memory: frozenset[tuple[str, ...]]
     cpus: tuple[Cpu, ...]
+    blocks: Counter[str] = field(default_factory=Counter)
 
 
 async def describe(monitor: Monitor, target: str) -> Description:
@@ -148,6 +152,7 @@ async def describe(monitor: Monitor, target: str) -> Description:
         devices=devices,
         memory=frozenset(_memory(memory)),
         cpus=await _cpus(monitor, cpus, types, target),
+        blocks=Counter((await graph.read(monitor)).lines()),
     )
 
 
@@ -168,6 +173,11 @@ def differences(incumbent: Description, successor: Description) -> list[str]:
         {" ".join(words) for words in successor.memory},
     )
     found += _cpu_differences(incumbent.cpus, successor.cpus)
+    for here, there, where in (
+        (incumbent, successor, "incumbent"),
+        (successor, incumbent, "successor"),
+    ):
+        found += [f"{one} is only on the {where}" for one in sorted(here.blocks - there.blocks)]
     return found
 
 

@@ -65,6 +65,7 @@ class Surroundings:
     `directory` is for sockets between instances. `checkpoint(phase)` is awaited at the beginning
     of each phase; tests stop there. `lend(back)` makes a lending for the target, or for the binary
     that runs, and `argv` what it is started with; `launch` and `adopt` are the supervisor's.
+    `survey` describes what the machine has become, for `argv` and `spawn`, or raises Refused.
     `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance,
     events)` ends both, and says who answers them from then on, and what it told meanwhile.
     `on_limbo` is told when nobody can know whether the successor runs the guest.
@@ -78,6 +79,7 @@ class Surroundings:
     adopt: Callable[[Instance], None]
     kept: Sequence[Kept]
     journal: Journal
+    survey: Callable[[], Awaitable[None]]
     read_only: Callable[[], Awaitable[None]]
     closed: Callable[[], Awaitable[None]]
     served: Callable[[Instance, Sequence[Event]], None]
@@ -229,6 +231,7 @@ class Handover:
         self._frozen = True
         for kept in self.surroundings.kept:
             kept.freeze()
+        await self.surroundings.survey()
 
     async def _introduce(self) -> None:
         """What must come before the successor can answer."""

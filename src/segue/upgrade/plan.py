@@ -54,6 +54,7 @@ async def make(
         *judged[mode.name],
         *_binary(machine, running, target),
         *await incumbent_blockers(incumbent),
+        *await machine.survey(incumbent.monitor),
         *await interrupts.blockers(incumbent, running),
     ]
     if target.target == running.target:

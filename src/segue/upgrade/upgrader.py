@@ -168,6 +168,7 @@ class Upgrader:
         blockers = [
             *host.machine.draft.blockers,
             *await planning.incumbent_blockers(host.instance),
+            *await host.machine.survey(host.instance.monitor),
             *await interrupts.blockers(host.instance, host.binary),
         ]
         if blockers:
@@ -261,6 +262,7 @@ class Upgrader:
             receipt.result = FAILED
         await self._attempt(plan, plan.mode, receipt, rehearse, timeout, progress, limbo)
         if receipt.result == DONE:
+            host.machine.changes.settled()
             host.upgraded(plan.target)
             receipt.kept = host.machine.receipts_of(host.instance.pid)
 
@@ -373,6 +375,15 @@ class Upgrader:
             receipt.target.pid = instance.pid
             return instance
 
+        async def survey() -> None:
+            blockers = await host.machine.survey(host.instance.monitor)
+            if blockers:
+                raise Refused(
+                    "this machine was changed, and cannot be built like that again",
+                    hint="see the blockers; nothing was touched",
+                    blockers=tuple(blockers),
+                )
+
         async def read_only() -> None:
             host.gate.read_only()
             await host.gate.drain()
@@ -403,6 +414,7 @@ class Upgrader:
             launch=host.launch,
             adopt=host.adopt,
             kept=host.machine.kept,
+            survey=survey,
             journal=host.journal,
             read_only=read_only,
             closed=closed,
