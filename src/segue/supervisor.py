@@ -33,6 +33,7 @@ from segue.kept.lent import AddFd, Lent
 from segue.kept.mux import Mux
 from segue.kept.ram import GuestRam
 from segue.kept.sockets import Server
+from segue.kept.user import AUTO
 from segue.machines import MachineDirectory, default_name
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
@@ -74,10 +75,12 @@ class Supervisor:
         detached: bool,
         suspended: Suspended | None = None,
         to: Path | None = None,
+        net_user: str = AUTO,
     ) -> None:
         self.directory = directory
         self._suspended = suspended
         self._to = to
+        self._net_user = net_user
         self.line = line
         self.detached = detached
         self.since = time.time()
@@ -129,7 +132,7 @@ class Supervisor:
 
     async def _start(self, stack: contextlib.ExitStack) -> None:
         self.binary = await probe(self._to or Path(self.line.program))
-        self.machine = describe(self.line, self.binary)
+        self.machine = describe(self.line, self.binary, net_user=self._net_user)
         if self._suspended is not None:
             self._suspended.point_at_files(
                 [kept for kept in self.machine.kept if isinstance(kept, KeptFile)]
@@ -145,6 +148,7 @@ class Supervisor:
                 kept.replace_backend = partial(self._replace_backend, kept.shared)
             elif isinstance(kept, Mux):
                 kept.on_quit = self._quit
+            kept.move_in(self.run_directory, self._say)
             await kept.start()
         self._serve_console(stack)
         self.server = self._make_server(stack)
@@ -182,6 +186,7 @@ class Supervisor:
             "segue": segue.__version__,
             "name": self.directory.name,
             "command": self.line.argv(),
+            "net_user": self._net_user,
             "directory": os.getcwd(),
             "binary": str(self.binary.path),
             "qemu_version": self.binary.version_text,
@@ -482,21 +487,25 @@ class Supervisor:
                 os.unlink(machine.lifecycle.pidfile)
 
 
-def run(name: str | None, argv: list[str], *, detach: bool) -> int:
+def run(name: str | None, argv: list[str], *, detach: bool, net_user: str = AUTO) -> int:
     """`segue run`: the exit status is QEMU's own. Raises SegueError for bad input."""
     line = CommandLine.parse(argv)
     if line.only_prints:
         os.execvp(argv[0], argv)  # noqa: S606
     if detach or line.daemonize:
-        return _detached(name, line)
-    return _supervise(name, line, detached=False, ready=lambda: None)
+        return _detached(name, line, net_user=net_user)
+    return _supervise(name, line, detached=False, ready=lambda: None, net_user=net_user)
 
 
 def run_suspended(suspended: Suspended, name: str, to: Path | None, *, detach: bool) -> int:
     """`segue resume`: as `run`, with the guest that lies in a directory."""
     line = CommandLine.parse(suspended.argv)
     os.chdir(suspended.machine["directory"])
-    more = {"suspended": suspended, "to": to}
+    more = {
+        "suspended": suspended,
+        "to": to,
+        "net_user": suspended.machine.get("net_user", AUTO),
+    }
     if detach:
         return _detached(name, line, **more)
     return _supervise(name, line, detached=False, ready=lambda: None, **more)

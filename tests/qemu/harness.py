@@ -42,6 +42,11 @@ def qemu(release: str, target: str = "x86_64") -> str:
     return str(cache() / "qemu" / release / f"qemu-system-{target}")
 
 
+def passt() -> Path:
+    """The folder of a passt that is right, for PATH."""
+    return cache() / "passt"
+
+
 def wait_until(what: str, condition: Callable[[], Any], limit: float = LIMIT) -> Any:
     """Poll for what has no event to wait on (a process in /proc, a file)."""
     end = time.monotonic() + limit

@@ -34,7 +34,8 @@ def supervisor(monkeypatch: pytest.MonkeyPatch) -> Ran:
     """What `segue run` would have started; QEMU ends with 7."""
     ran: Ran = []
 
-    def run(name: str | None, argv: list[str], *, detach: bool) -> int:
+    def run(name: str | None, argv: list[str], *, detach: bool, net_user: str) -> int:
+        assert net_user == "auto"
         ran.append((name, argv, detach))
         return 0 if detach else 7
 

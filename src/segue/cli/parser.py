@@ -137,7 +137,7 @@ def split_run(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             return list(argv[:position]), list(argv[position + 1 :])
         if not word.startswith("-"):
             break
-        position += 2 if word == "--name" else 1
+        position += 2 if word in ("--name", "--net-user") else 1
     return list(argv[:position]), list(argv[position:])
 
 

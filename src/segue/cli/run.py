@@ -25,7 +25,7 @@ def declare(commands: Commands) -> None:
     parser = commands.add_parser(
         "run",
         help="start a machine from QEMU's own command line",
-        usage="segue run [--name NAME] [--detach] -- QEMU ARGS...",
+        usage="segue run [--name NAME] [--detach] [--net-user=HOW] -- QEMU ARGS...",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
@@ -36,6 +36,13 @@ def declare(commands: Commands) -> None:
         "--detach",
         action="store_true",
         help="return when the guest is running; prints the name if none was given",
+    )
+    parser.add_argument(
+        "--net-user",
+        choices=("auto", "passt", "slirp"),
+        default="auto",
+        help="what user networking is made of: passt, whose connections outlive an upgrade, or "
+        "QEMU's own slirp (default: passt where it is installed and can do what is asked)",
     )
     parser.set_defaults(run=run)
 
@@ -49,7 +56,9 @@ def run(arguments: Namespace) -> int:
     from segue import machines, supervisor
 
     name = arguments.name or machines.default_name(arguments.words)
-    status = supervisor.run(name, arguments.words, detach=arguments.detach)
+    status = supervisor.run(
+        name, arguments.words, detach=arguments.detach, net_user=arguments.net_user
+    )
     if arguments.detach and status == 0 and not arguments.name:
         print(name)
     return status

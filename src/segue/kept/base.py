@@ -3,6 +3,7 @@
 A machine's life and an upgrade call, in this order (`hold` to `give_back` run while the guest
 is paused, so they are plain functions that never wait):
 
+    move_in(...)         where it may put files, and whom it may tell what happens
     start()              the machine starts: the host end is opened
     learn(monitor)       the first instance is up: values that it chose are noted
     quiet()              an upgrade begins: what is under way is finished first
@@ -35,6 +36,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from segue.kept.guard import Guard
@@ -97,6 +99,9 @@ class Kept(Part):
     name: str
     # Set by the supervisor.
     changed: Callable[[], None] = staticmethod(lambda: None)
+
+    def move_in(self, directory: Path, say: Callable[[str], None]) -> None:
+        """The machine's run directory, and how to tell its user."""
 
     async def start(self) -> None:
         """Open the host end. Raises SegueError with the reason."""

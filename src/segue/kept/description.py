@@ -20,6 +20,7 @@ from segue.kept.mux import Mux
 from segue.kept.network import NetworkRule
 from segue.kept.ram import GuestRam, RamRule
 from segue.kept.unkeepable import UnkeepableRule
+from segue.kept.user import AUTO, UserRule
 from segue.kept.values import Values, ValuesRule
 from segue.qemu.binary import Binary
 from segue.qemu.chardevs import Chardev, find_chardevs
@@ -98,11 +99,16 @@ class Description:
 
 
 def describe(
-    command_line: CommandLine, binary: Binary, decisions: dict[str, Any] | None = None
+    command_line: CommandLine,
+    binary: Binary,
+    decisions: dict[str, Any] | None = None,
+    *,
+    net_user: str = AUTO,
 ) -> Description:
     """Judge a command line; nothing is opened yet. Raises BadCommandLine.
 
-    `decisions` are those of the machine that runs already (Draft.decide).
+    `decisions` are those of the machine that runs already (Draft.decide); `net_user` is what user
+    networks are to be given to (user.py).
     """
     values = Values()
     characters = CharactersRule()
@@ -113,6 +119,7 @@ def describe(
         RamRule(),
         ValuesRule(values),
         characters,
+        UserRule(net_user),
         NetworkRule(),
         DisplayRule(),
         LifecycleRule(),

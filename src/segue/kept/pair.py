@@ -37,10 +37,12 @@ class Pair:
     inherited: bool = True
 
     @classmethod
-    def make(cls) -> Pair:
+    def make(cls, to_instance: int | None = _TO_INSTANCE) -> Pair:
+        """With room for so many bytes towards the instance; None is the system's default."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _TO_INSTANCE)
+        if to_instance is not None:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, to_instance)
         return cls(ours, theirs)
 
     @classmethod

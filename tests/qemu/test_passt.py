@@ -1,0 +1,120 @@
+"""User networking through upgrades: Debian 13's passt, and the relay of frames in front of it.
+
+As a user has it: the guest at 10.0.2.15, the host's own addresses at 10.0.2.2, a forwarded port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.harness import Segue, alive, passt, qemu, wait_until
+from tests.qemu.netns import Namespace, Stream
+from tests.qemu.test_network import ECHO, Guest, kept, linux
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace takes root")
+
+GATEWAY, ADDRESS, PORT = "10.0.2.2", "10.0.2.15", 2222
+FORWARD = f"hostfwd=tcp:127.0.0.1:{PORT}-:{ECHO}"
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    """With what passt looks for: an interface with a default route."""
+    made = Namespace()
+    for command in (
+        "ip link add up0 type veth peer name up1",
+        "ip address add 192.0.2.1/24 dev up0",
+        "ip link set up1 up",
+        "ip link set up0 up",
+        "ip route add default via 192.0.2.254",
+    ):
+        made.run(*command.split())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def command(segue: Segue) -> Segue:
+    segue.environment["PATH"] = f"{passt()}:{os.environ['PATH']}"
+    return segue
+
+
+class UserGuest(Guest):
+    address = ADDRESS
+
+    def inbound(self) -> Stream:
+        """By the forwarded port; passt takes a connection before it knows that the guest does."""
+        self.shell.command(f"(nc -l -p {ECHO} -e cat &)")
+
+        def connected() -> socket.socket | None:
+            with contextlib.suppress(OSError), self.namespace.inside():
+                connection = socket.create_connection(("127.0.0.1", PORT), 1)
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(connection)
+                    connection.sendall(b"?")
+                    if connection.recv(1) == b"?":
+                        stack.pop_all()
+                        connection.settimeout(60)
+                        return connection
+            return None
+
+        connection: socket.socket = wait_until("a connection to the guest", connected)
+        return Stream(connection)
+
+    def outbound(self, host: str = "127.0.0.1") -> Stream:
+        with self.namespace.inside():
+            listener = socket.create_server((host, 0))
+        with listener:
+            listener.settimeout(60)
+            self.shell.command(f"(nc {GATEWAY} {listener.getsockname()[1]} -e cat &)")
+            connection, _ = listener.accept()
+        connection.settimeout(60)
+        return Stream(connection)
+
+
+def guest(command: Segue, place: Path, namespace: Namespace, *network: str) -> UserGuest:
+    argv = [word.replace("192.0.2.2/24", f"{ADDRESS}/24") for word in linux(place, *network)]
+    return UserGuest(command, place, namespace, argv)
+
+
+def test_connections_both_ways_outlive_every_release(
+    command: Segue, place: Path, namespace: Namespace
+) -> None:
+    network = ("-netdev", f"user,id=n0,{FORWARD}", "-device", "virtio-net-pci,netdev=n0")
+    one = guest(command, place, namespace, *network)
+    streams = [one.inbound(), one.outbound()]
+    first = kept(one.machine.status(), "passt")["identity"]
+    for release in ("10.0", "11.1", "10.0", "7.2"):
+        receipt = one.machine.handed_over("--to", qemu(release))
+        assert receipt["not_kept"] == []
+        assert kept(receipt, "passt")["held"]
+        assert kept(receipt, "passt")["identity"] == first
+        for stream in streams:
+            stream.wait()
+    for stream in streams:
+        stream.end()
+    one.outbound().end()
+    one.machine.stop()
+    one.machine.wait()
+    wait_until("the end of passt", lambda: not alive(first["pid"]), 10)
+
+
+def test_a_passt_that_dies_is_started_again(
+    command: Segue, place: Path, namespace: Namespace
+) -> None:
+    network = ("-netdev", f"user,id=n0,{FORWARD}", "-device", "virtio-net-pci,netdev=n0")
+    one = guest(command, place, namespace, *network)
+    one.inbound().end()
+    first = kept(one.machine.status(), "passt")["identity"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    one.inbound().end()
+    one.machine.handed_over("--to", qemu("10.0"))
+    one.outbound().end()
+    assert kept(one.machine.status(), "passt")["identity"]["pid"] != first

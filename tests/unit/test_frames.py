@@ -1,0 +1,213 @@
+"""Whole frames over whatever comes in pieces, and the relay through an upgrade."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from segue.kept.base import Lending
+from segue.kept.frames import Frames, Garbled
+from segue.kept.relay import Relay, StreamFar
+from segue.qemu.binary import Binary
+
+
+def frame(number: int, size: int = 60) -> bytes:
+    return size.to_bytes(4, "big") + number.to_bytes(4, "big") + bytes(size - 4)
+
+
+def parsed(data: bytes) -> list[int]:
+    """The numbers of the frames; the last must be whole."""
+    found = []
+    while data:
+        size = int.from_bytes(data[:4], "big")
+        assert len(data) >= 4 + size, "a frame in part"
+        found.append(int.from_bytes(data[4:8], "big"))
+        data = data[4 + size :]
+    return found
+
+
+def test_frames_come_out_as_they_came_in_whatever_the_pieces() -> None:
+    draw = random.Random(4)
+    stream = b"".join(frame(n, draw.randrange(14, 3000)) for n in range(200))
+    frames, out, at = Frames(), bytearray(), 0
+    while len(out) < len(stream):
+        step = draw.randrange(1, 4000)
+        frames.add(stream[at : at + step])
+        at += step
+        data = frames.next(draw.randrange(1, 5000))
+        out += data
+        frames.passed(len(data))
+        frames.forget()
+    assert out == stream
+    assert len(frames) == 0
+
+
+@pytest.mark.parametrize("length", [0, 1 << 20])
+def test_what_is_no_length_is_refused(length: int) -> None:
+    with pytest.raises(Garbled):
+        Frames().add(length.to_bytes(4, "big"))
+
+
+class Setting:
+    """A relay, what is on its far side, and instances that read when they are told to."""
+
+    def __init__(self) -> None:
+        self.broken = 0
+        self.relay = Relay(self._broken)
+        self.far, ours = socket.socketpair()
+        self.relay.join(StreamFar(ours))
+        self.instances: dict[int, socket.socket] = {}
+
+    def _broken(self) -> None:
+        self.broken += 1
+
+    def lend(self, number: int) -> socket.socket:
+        fd = self.relay.lend(Lending(number, cast(Binary, None)))
+        sock = socket.socket(fileno=os.dup(fd))
+        sock.setblocking(False)
+        self.instances[number] = sock
+        return sock
+
+    def close(self) -> None:
+        self.relay.close()
+        self.far.close()
+        for sock in self.instances.values():
+            sock.close()
+
+
+def run(work: Callable[[Setting], Awaitable[None]]) -> None:
+    async def main() -> None:
+        setting = Setting()
+        try:
+            await work(setting)
+        finally:
+            setting.close()
+
+    asyncio.run(main())
+
+
+async def turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def read(sock: socket.socket, size: int = 1 << 20) -> bytes:
+    data = b""
+    while len(data) < size:
+        try:
+            chunk = sock.recv(size - len(data), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            break
+        if not chunk:
+            break
+        data += chunk
+    return data
+
+
+@pytest.mark.parametrize("had", [0, 30, 64, 70, 128, 200])
+@pytest.mark.parametrize("undone", [False, True])
+def test_no_frame_for_the_guest_is_lost_or_doubled(had: int, undone: bool) -> None:
+    """Wherever the incumbent had come to when it was stopped."""
+
+    async def work(setting: Setting) -> None:
+        first = setting.lend(1)
+        setting.far.send(b"".join(frame(n) for n in range(4)))
+        await turns()
+        seen = read(first, had)
+        second = setting.lend(2)
+        setting.relay.hold()
+        setting.relay.take_back()
+        setting.far.send(frame(4))
+        await turns()
+        assert read(first) == b""
+        if undone:
+            setting.relay.give_back()
+            setting.relay.drop(2)
+            await turns()
+            assert parsed(seen + read(first)) == [0, 1, 2, 3, 4]
+            return
+        setting.relay.switch(2)
+        setting.relay.drop(1)
+        await turns()
+        whole = seen[: had // 64 * 64]
+        assert parsed(whole + read(second)) == [0, 1, 2, 3, 4]
+
+    run(work)
+
+
+def test_what_the_incumbent_still_sends_goes_first_and_whole() -> None:
+    async def work(setting: Setting) -> None:
+        first, second = setting.lend(1), setting.lend(2)
+        first.send(frame(0) + frame(1)[:10])
+        await turns()
+        first.send(frame(1)[10:])
+        setting.relay.hold()
+        setting.relay.take_back()
+        first.send(frame(2) + frame(9)[:20])
+        second.send(frame(3))
+        setting.relay.switch(2)
+        setting.relay.drop(1)
+        await turns()
+        assert parsed(read(setting.far)) == [0, 1, 2, 3]
+
+    run(work)
+
+
+def test_a_guest_that_does_not_read_holds_the_far_side_back() -> None:
+    async def work(setting: Setting) -> None:
+        first = setting.lend(1)
+        setting.far.setblocking(False)
+        sent = taken = 0
+        while True:
+            try:
+                setting.far.sendall(frame(sent, 1000))
+            except BlockingIOError:
+                break
+            sent += 1
+            await turns()
+            assert sent < 10_000, "nothing holds it back"
+        # The last one may have gone in part.
+        while taken < sent * 1004:
+            chunk = read(first)
+            taken += len(chunk)
+            await turns()
+        assert taken == sent * 1004
+
+    run(work)
+
+
+def test_another_far_side_begins_with_a_whole_frame() -> None:
+    async def work(setting: Setting) -> None:
+        first = setting.lend(1)
+        setting.far.send(frame(0) + frame(1)[:20])
+        await turns()
+        setting.far.close()
+        await turns()
+        assert setting.broken == 1
+        first.send(frame(7))
+        await turns()
+        setting.far, ours = socket.socketpair()
+        setting.relay.join(StreamFar(ours))
+        setting.far.send(frame(2))
+        first.send(frame(8))
+        await turns()
+        assert parsed(read(first)) == [0, 2]
+        assert parsed(read(setting.far)) == [8]
+
+    run(work)
+
+
+def test_an_instance_holds_both_ends(tmp_path: Path) -> None:
+    async def work(setting: Setting) -> None:
+        lending = Lending(1, cast(Binary, None))
+        setting.relay.lend(lending)
+        assert len(lending.descriptors) == 2
+
+    run(work)
