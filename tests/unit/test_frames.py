@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import socket
@@ -13,8 +14,9 @@ from typing import cast
 import pytest
 
 from segue.kept.base import Lending
-from segue.kept.frames import Frames, Garbled
+from segue.kept.frames import BUFFER, Frames, Garbled
 from segue.kept.relay import Relay, StreamFar
+from segue.kept.saved import Loader, Saver
 from segue.qemu.binary import Binary
 
 
@@ -35,18 +37,28 @@ def parsed(data: bytes) -> list[int]:
 
 def test_frames_come_out_as_they_came_in_whatever_the_pieces() -> None:
     draw = random.Random(4)
-    stream = b"".join(frame(n, draw.randrange(14, 3000)) for n in range(200))
+    stream = b"".join(frame(n, draw.randrange(14, 30000)) for n in range(200))
     frames, out, at = Frames(), bytearray(), 0
     while len(out) < len(stream):
-        step = draw.randrange(1, 4000)
-        frames.add(stream[at : at + step])
-        at += step
-        data = frames.next(draw.randrange(1, 5000))
-        out += data
-        frames.passed(len(data))
+        at += frames.add(stream[at : at + draw.randrange(1, 40000)])
+        data = frames.next(draw.randrange(1, 50000))
+        taken = data[: draw.randrange(len(data) + 1)]
+        out += taken
+        frames.passed(len(taken))
         frames.forget()
     assert out == stream
     assert len(frames) == 0
+
+
+def test_what_has_come_of_a_frame_stays_in_the_socket() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(frame(0) + frame(1)[:10])
+        assert Frames().read(ours, bytearray(BUFFER)) == 64
+        theirs.send(frame(1)[10:])
+        another = Frames()
+        assert another.read(ours, bytearray(BUFFER)) == 64
+        assert parsed(another.next(1000)) == [1]
 
 
 @pytest.mark.parametrize("length", [0, 1 << 20])
@@ -59,14 +71,14 @@ class Setting:
     """A relay, what is on its far side, and instances that read when they are told to."""
 
     def __init__(self) -> None:
-        self.broken = 0
-        self.relay = Relay(self._broken)
-        self.far, ours = socket.socketpair()
-        self.relay.join(StreamFar(ours))
+        self.broken = asyncio.Event()
+        self.relay = Relay(self.on_break)
+        self.far, self.far_end = socket.socketpair()
+        self.relay.join(StreamFar(self.far_end))
         self.instances: dict[int, socket.socket] = {}
 
-    def _broken(self) -> None:
-        self.broken += 1
+    def on_break(self) -> None:
+        self.broken.set()
 
     def lend(self, number: int) -> socket.socket:
         fd = self.relay.lend(Lending(number, cast(Binary, None)))
@@ -189,8 +201,8 @@ def test_another_far_side_begins_with_a_whole_frame() -> None:
         setting.far.send(frame(0) + frame(1)[:20])
         await turns()
         setting.far.close()
-        await turns()
-        assert setting.broken == 1
+        async with asyncio.timeout(10):
+            await setting.broken.wait()
         first.send(frame(7))
         await turns()
         setting.far, ours = socket.socketpair()
@@ -209,5 +221,38 @@ def test_an_instance_holds_both_ends(tmp_path: Path) -> None:
         lending = Lending(1, cast(Binary, None))
         setting.relay.lend(lending)
         assert len(lending.descriptors) == 2
+
+    run(work)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_another_process_goes_on_with_whole_frames(exact: bool) -> None:
+    """Killed or replaced: what waits in the sockets is whole, and what it had is taken up."""
+
+    async def work(setting: Setting) -> None:
+        first = setting.lend(1)
+        setting.far.send(frame(0) + frame(1))
+        first.send(frame(10) + frame(11)[:10])
+        await turns()
+        assert parsed(read(first, 64)) == [0]
+        if exact:
+            setting.relay.hold()
+            setting.far.send(frame(2))
+            await turns()
+        saver = Saver(exact)
+        data = json.loads(json.dumps(setting.relay.save(saver)))
+        loader = Loader(exact, {name: os.dup(named.fd) for name, named in saver.found.items()})
+        far = socket.socket(fileno=os.dup(setting.far_end.fileno()))
+        setting.relay.close()
+        setting.relay = Relay(setting.on_break)
+        setting.relay.load(data, loader, StreamFar(far))
+        if not exact:
+            setting.far.send(frame(2))
+        first.send(frame(11)[10:])
+        await turns()
+        assert parsed(read(first)) == [1, 2]
+        setting.far.settimeout(10)
+        assert parsed(setting.far.recv(128, socket.MSG_WAITALL)) == [10, 11]
+        assert loader.found == {}
 
     run(work)

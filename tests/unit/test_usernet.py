@@ -109,7 +109,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
         none: frozenset[str] = frozenset()
         path = Path("/usr/bin/qemu-system-x86_64")
         binary = Binary(path, (7, 2, 0), "7.2.0", "x86_64", "", {}, none, none, none, none, False)
-        return describe(line, binary, net_user)
+        return describe(line, binary, net_user=net_user)
 
     return judged
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -254,6 +255,8 @@ class Relay:
             return
         try:
             if not self._far.read(self._to_guest, self._buffer):
+                if _hung_up(self._far.fileno()):
+                    raise ConnectionResetError
                 self._look_later(self._far.fileno())
         except BlockingIOError:
             pass
@@ -327,3 +330,9 @@ class Relay:
 def _unread(sock: socket.socket) -> int:
     count: int = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0]
     return count
+
+
+def _hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
