@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.hang import main_thread_hangs
 from tests.qemu.harness import (
     Client,
     Machine,
@@ -139,6 +140,17 @@ def test_successor_hangs(survivor: Survivor, phase: str) -> None:
     os.kill(survivor.successor(), signal.SIGSTOP)
     survivor.go_on()
     survivor.check(going.result(60), "timed-out", incumbent)
+
+
+@pytest.mark.parametrize("phase", STARTED)
+def test_main_loop_of_the_successor_hangs(survivor: Survivor, phase: str) -> None:
+    """Its other threads run on: at commit, the monitor's reads a `cont` that nobody obeys."""
+    incumbent = survivor.machine.qemu_pid
+    going = survivor.begin(phase, **limits(**{phase: 1, "move": 1}))
+    with main_thread_hangs(survivor.successor()):
+        survivor.go_on()
+        receipt = going.result(60)
+    survivor.check(receipt, "timed-out", incumbent)
 
 
 def limits(**seconds: float) -> dict[str, Any]:

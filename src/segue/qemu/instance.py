@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import socket
 import subprocess
-import termios
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from segue.errors import InstanceDied, MonitorClosed, TimedOut
 from segue.qemu.monitor import Monitor
 
 MONITOR_ID = "segue-monitor"
+_STOPPED = frozenset({b"T", b"t", b"Z", b"X"})
 
 
 def monitor_words(number: int) -> list[str]:
@@ -40,9 +39,17 @@ def _identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _stopped(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t", b"Z", b"X")
+def _stands_still(pid: int) -> bool:
+    """Whether a SIGSTOP has taken hold: no thread of it will run a line of its program.
+
+    One that is stopped shows that all were told; a thread that waits in the kernel where no
+    signal is heard (D) stops before it is back in its program, one that runs has yet to notice.
+    """
+    states = set()
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            states.add((path / "stat").read_bytes().rpartition(b")")[2].split()[0])
+    return bool(states & _STOPPED) and states <= _STOPPED | {b"D"}
 
 
 class Instance:
@@ -244,33 +251,21 @@ class Instance:
         self.signal(signal.SIGKILL)
         return await self.wait()
 
-    @property
-    def left_commands_unread(self) -> bool:
-        """Whether QEMU has not read the last command that it was sent: then it did not obey.
+    async def hold_still(self) -> None:
+        """Stop it with SIGSTOP, until nothing of it can run; all that it has said is taken in.
 
-        Our duplicate of its end of the monitor shows what waits there (unix(7), SIOCINQ). One
-        byte is not proof: it may be the newline behind a command that was read.
-        """
-        waiting = array.array("i", [0])
-        fcntl.ioctl(self._their_end.fileno(), termios.FIONREAD, waiting)
-        return waiting[0] > 1
-
-    async def kill_unless_obeyed(self) -> bool:
-        """Kill a hung process if it cannot have obeyed the last command; whether it was killed.
-
-        It is stopped first, so that it cannot read the command between the look and the kill.
+        `go_on` lets it run again. A process that ends meanwhile is reaped as ever.
         """
         self.signal(signal.SIGSTOP)
-        while self.running and not _stopped(self.pid):  # noqa: ASYNC110
+        while self.running and not _stands_still(self.pid):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        if self.left_commands_unread:
-            await self.kill()
-            return True
+        self.monitor.read_now()
+
+    def go_on(self) -> None:
         self.signal(signal.SIGCONT)
-        return False
 
     def close(self) -> None:
-        """Let go of what is kept to judge a dead process."""
+        """Let go of what held its monitor open until it was reaped."""
         self._their_end.close()
 
     def kill_at_once(self) -> None:

@@ -198,10 +198,14 @@ class Monitor:
         else:
             self._loop.remove_writer(self._sock.fileno())
 
-    def read_rest(self) -> None:
-        """Take in what the other side said before it ended, and close."""
+    def read_now(self) -> None:
+        """Take in all that the other side has said so far."""
         while not self._closed and self._readable():
             pass
+
+    def read_rest(self) -> None:
+        """Take in what the other side said before it ended, and close."""
+        self.read_now()
         self.close()
 
     def _readable(self) -> bool:

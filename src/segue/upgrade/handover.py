@@ -5,6 +5,14 @@ order. There is one commit point, the sending of `cont` to the successor (for a 
 paused, the kill of the incumbent). Every way out before it goes through `_undo`, in which the
 successor is dead and reaped before the incumbent may go on: `cont` on the incumbent beside a
 running successor destroyed the guest in 6 of 6 trials.
+
+A `cont` without an answer is undone if it is proven that the guest did not run, and only then.
+The proof is what QEMU says itself: in carrying out `cont` it sends the event RESUME, from its main
+thread and straight into the socket, *before* it sets anything of the guest going (vm_prepare_start
+in system/cpus.c, 7.2 to 11.1). So a successor that is dead or stands still, all of whose words
+have been read, and that has not said RESUME, has run nothing. That covers a command that was not
+read, one that QEMU's monitor thread read while its main loop hung (so whether it was read proves
+nothing, and is not asked), and a death or a hang in the middle of it, where images are opened.
 """
 
 from __future__ import annotations
@@ -36,7 +44,7 @@ from segue.qemu.migration import MigrationWatch
 from segue.qemu.monitor import Event, Monitor
 from segue.upgrade import compare, images, interrupts, placement
 from segue.upgrade.journal import Journal
-from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, Phase
+from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, UNDO, Phase
 from segue.upgrade.receipt import DONE, REHEARSED, Receipt
 
 ON_INCUMBENT = "running on the incumbent"
@@ -68,7 +76,7 @@ class Surroundings:
     `survey` describes what the machine has become, for `argv` and `spawn`, or raises Refused.
     `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance,
     events)` ends both, and says who answers them from then on, and what it told meanwhile.
-    `on_limbo` is told when nobody can know whether the successor runs the guest.
+    `on_limbo` is told why, when for now nobody can know how it ends: the caller need not wait.
     """
 
     directory: Path
@@ -85,7 +93,7 @@ class Surroundings:
     served: Callable[[Instance, Sequence[Event]], None]
     progress: Callable[[dict[str, Any]], None]
     checkpoint: Callable[[str], Awaitable[None]]
-    on_limbo: Callable[[], None]
+    on_limbo: Callable[[GuestLost], None]
 
 
 @dataclass
@@ -114,6 +122,7 @@ class Handover:
     _told: list[Event] = field(default_factory=list)
     _frozen: bool = False
     _migrating: bool = False
+    _undoing: bool = False
     _went_round: asyncio.Task[None] | None = None
     _watches: list[MigrationWatch] = field(default_factory=list)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -129,7 +138,7 @@ class Handover:
                 await self._enter(MOVE, self._move)
                 budget.reschedule(None)
             if self.rehearse:
-                await self._undo()
+                await self._go_back()
                 self.receipt.result = REHEARSED
             else:
                 await self._enter(COMMIT, self._commit)
@@ -148,7 +157,7 @@ class Handover:
 
     def call_off(self, task: asyncio.Task[Receipt]) -> None:
         """Undo if the commit point has not been reached; otherwise let it finish."""
-        if self.phase in (PREPARE, OPEN, HOLD, MOVE):
+        if self.phase in (PREPARE, OPEN, HOLD, MOVE) and not self._undoing:
             task.cancel()
 
     async def _enter(self, phase: Phase, work: Callable[[], Awaitable[None]]) -> None:
@@ -157,6 +166,15 @@ class Handover:
         self._tell({"phase": phase.name, "state": "begin"})
         started = time.monotonic()
         try:
+            # What follows the commit point is not broken off; `_commit` has limits of its own.
+            await (work() if phase is COMMIT else self._within(phase, work))
+        finally:
+            seconds = time.monotonic() - started
+            self.receipt.phases[phase.name] = seconds
+            self._tell({"phase": phase.name, "state": "end", "seconds": round(seconds, 6)})
+
+    async def _within(self, phase: Phase, work: Callable[[], Awaitable[None]]) -> None:
+        try:
             async with asyncio.timeout(self._limit(phase)) as limit:
                 await work()
         except TimeoutError:
@@ -164,10 +182,6 @@ class Handover:
                 raise
             seconds = self._limit(phase)
             raise TimedOut(f"phase {phase.name} took longer than {seconds:g} s") from None
-        finally:
-            seconds = time.monotonic() - started
-            self.receipt.phases[phase.name] = seconds
-            self._tell({"phase": phase.name, "state": "end", "seconds": round(seconds, 6)})
 
     def _limit(self, phase: Phase) -> float:
         return self.limits.get(phase.name, phase.limit)
@@ -311,10 +325,7 @@ class Handover:
 
     async def _commit(self) -> None:
         assert self.successor is not None
-        for kept in self.surroundings.kept:
-            kept.pass_on(self.successor.number)
-        if self.loses_interrupts:
-            await interrupts.give_again(self.successor, self.surroundings.directory)
+        await self._within(COMMIT, self._ready)
         self.surroundings.journal.write("commit", self.incumbent, self.successor)
         if not self._was_running:
             await self.incumbent.kill()
@@ -333,30 +344,63 @@ class Handover:
         if "error" in reply:
             raise CommandFailed(f"cont on the successor: {reply['error']['desc']}")
         self._switch()
-        resume = next((e for e in self._told if e["event"] == "RESUME"), None)
+        resume = self._resume_told()
         if resume is not None:
             self._measure(_seconds(resume))
             self.receipt.own_seconds = sent - max(w.reached("completed") for w in self._watches)
 
+    async def _ready(self) -> None:
+        """The last that may fail, or take its time, before the commit point."""
+        assert self.successor is not None
+        for kept in self.surroundings.kept:
+            kept.pass_on(self.successor.number)
+        if self.loses_interrupts:
+            await interrupts.give_again(self.successor, self.surroundings.directory)
+        if not self._was_running:
+            # Nobody is going to ask whether this one runs; so it must answer now.
+            await self.successor.monitor.execute("query-status")
+
     async def _answer_to_cont(self, answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
         """The commit point has been passed: only proof that the guest did not run goes back."""
-        assert self.successor is not None
+        successor = self.successor
+        assert successor is not None
         try:
-            async with asyncio.timeout(self._limit(COMMIT) / 2):
-                return await asyncio.shield(answer)
+            try:
+                async with asyncio.timeout(self._limit(COMMIT)):
+                    return await asyncio.shield(answer)
+            except TimeoutError:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._limit(COMMIT)):
+                        await successor.hold_still()
+                        if self._resume_told() is None and not answer.done():
+                            await successor.kill()
+                            raise TimedOut("the successor hung before it ran the guest") from None
+                successor.go_on()
+                self._tell_limbo("the successor does not answer")
+                return await answer
         except MonitorClosed:
-            if self.successor.left_commands_unread:
-                raise InstanceDied("the successor died before it read `cont`") from None
+            if self._resume_told() is None:
+                raise InstanceDied(
+                    f"before it ran the guest, {(await successor.death()).what}"
+                ) from None
             raise GuestLost(
                 "the successor died after it was told to run the guest",
                 hint="see the machine's qemu.log",
                 guest="lost",
             ) from None
-        except TimeoutError:
-            if await self.successor.kill_unless_obeyed():
-                raise TimedOut("the successor hung before it read `cont`") from None
-            self.surroundings.on_limbo()
-            return await answer
+
+    def _resume_told(self) -> Event | None:
+        """What QEMU says before it runs a guest, if it has since it was told to."""
+        return next((event for event in self._told if event["event"] == "RESUME"), None)
+
+    def _tell_limbo(self, what: str) -> None:
+        self.surroundings.on_limbo(
+            GuestLost(
+                what,
+                hint="the upgrade goes on when it does; `segue history` tells how it ended",
+                guest=f"unknown: {what}",
+            )
+        )
 
     def _switch(self) -> None:
         assert self.successor is not None
@@ -448,10 +492,19 @@ class Handover:
             self.receipt.failed(told)
             return
         try:
-            await self._undo()
+            await self._go_back()
         except SegueError as worse:
             told = worse
         self.receipt.failed(told)
+
+    async def _go_back(self) -> None:
+        """Undo. Whoever waits is told if that takes long: an incumbent that hangs, for one."""
+        self._undoing = True
+        undo = asyncio.ensure_future(self._undo())
+        await asyncio.wait((undo,), timeout=self._limit(UNDO))
+        if not undo.done():
+            self._tell_limbo("the incumbent does not answer")
+        await undo
 
     def _restore(self) -> None:
         for kept in self.surroundings.kept:

@@ -34,5 +34,7 @@ MOVE = Phase("move", 10, paused=True)
 COMMIT = Phase("commit", 10, paused=True)
 RELEASE = Phase("release", 10, undoable=False)
 RETIRE = Phase("retire", 30, undoable=False)
+UNDO = Phase("undo", 30)
+"""Not one of the order: the way back from those before `release`. Its limit does not end it."""
 
 PHASES = (PLAN, PREPARE, OPEN, HOLD, MOVE, COMMIT, RELEASE, RETIRE)

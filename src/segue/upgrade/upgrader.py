@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from segue.errors import Refused, SegueError
+from segue.errors import GuestLost, Refused, SegueError
 from segue.kept.base import Lending
 from segue.kept.description import Description
 from segue.qemu.binary import Binary
@@ -126,19 +126,14 @@ class Upgrader:
             return receipt
         self.breakpoints = Breakpoints(breaks, progress)
         self._limits = limits or {}
-        limbo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.ensure_future(
-            self._recorded(
-                receipt,
-                self._run(
-                    receipt, to or host.binary.path, mode, rehearse, force, timeout, progress, limbo
-                ),
-            )
+        limbo = asyncio.get_running_loop().create_future()
+        return await self._carried_out(
+            receipt,
+            self._run(
+                receipt, to or host.binary.path, mode, rehearse, force, timeout, progress, limbo
+            ),
+            limbo,
         )
-        await asyncio.wait((self._task, limbo), return_when=asyncio.FIRST_COMPLETED)
-        if not limbo.done():
-            limbo.cancel()
-        return receipt
 
     async def suspend(
         self,
@@ -157,12 +152,23 @@ class Upgrader:
             return receipt
         self.breakpoints = Breakpoints(breaks, progress)
         self._limits = limits or {}
-        self._task = asyncio.ensure_future(
-            self._recorded(receipt, self._suspend(receipt, to, progress))
-        )
-        return await asyncio.shield(self._task)
+        limbo = asyncio.get_running_loop().create_future()
+        return await self._carried_out(receipt, self._suspend(receipt, to, progress, limbo), limbo)
 
-    async def _suspend(self, receipt: Receipt, to: Path, progress: Progress) -> None:
+    async def _carried_out(
+        self, receipt: Receipt, work: Awaitable[None], limbo: asyncio.Future[Receipt]
+    ) -> Receipt:
+        """The receipt of a transaction at its end, or what can be said when it is in limbo."""
+        self._task = asyncio.ensure_future(self._recorded(receipt, work))
+        await asyncio.wait((self._task, limbo), return_when=asyncio.FIRST_COMPLETED)
+        if limbo.done():
+            return limbo.result()
+        limbo.cancel()
+        return receipt
+
+    async def _suspend(
+        self, receipt: Receipt, to: Path, progress: Progress, limbo: asyncio.Future[Receipt]
+    ) -> None:
         host = self._host
         loses_interrupts = await interrupts.can_be_lost(host.instance, host.binary)
         blockers = [
@@ -189,7 +195,7 @@ class Upgrader:
                 lambda back: Lending(0, host.binary),
                 receipt,
                 progress,
-                asyncio.get_running_loop().create_future(),
+                limbo,
                 "",
             ),
             receipt=receipt,
@@ -244,7 +250,7 @@ class Upgrader:
         force: bool,
         timeout: float | None,
         progress: Progress,
-        limbo: asyncio.Future[None],
+        limbo: asyncio.Future[Receipt],
     ) -> None:
         host = self._host
         plan = await self._plan(receipt, to, mode, progress)
@@ -272,7 +278,7 @@ class Upgrader:
         receipt: Receipt,
         timeout: float | None,
         progress: Progress,
-        limbo: asyncio.Future[None],
+        limbo: asyncio.Future[Receipt],
     ) -> Receipt:
         """The rehearsal of another mode that must come first; its end is the receipt's for now."""
         assert plan.mode.rehearsal is not None
@@ -297,7 +303,7 @@ class Upgrader:
         rehearse: bool,
         timeout: float | None,
         progress: Progress,
-        limbo: asyncio.Future[None],
+        limbo: asyncio.Future[Receipt],
         prefix: str = "",
     ) -> None:
         """One transaction; `prefix` is what its phases' breakpoints begin with."""
@@ -358,7 +364,7 @@ class Upgrader:
         lend: Callable[[bool], Lending],
         receipt: Receipt,
         progress: Progress,
-        limbo: asyncio.Future[None],
+        limbo: asyncio.Future[Receipt],
         prefix: str,
     ) -> Surroundings:
         host = self._host
@@ -400,11 +406,11 @@ class Upgrader:
             host.suppress(False)
             host.gate.open()
 
-        def on_limbo() -> None:
-            receipt.result = LOST
-            receipt.guest = "unknown: the successor does not answer"
+        def on_limbo(error: GuestLost) -> None:
             if not limbo.done():
-                limbo.set_result(None)
+                told = replace(receipt, phases=dict(receipt.phases), blockers=[])
+                told.failed(error)
+                limbo.set_result(told)
 
         return Surroundings(
             directory=host.run_directory,
