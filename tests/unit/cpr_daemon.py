@@ -90,10 +90,15 @@ hangups: list[int] = []
 def obey(daemon: Daemon, command: dict[str, Any]) -> dict[str, Any]:
     if "restart" in command:
         order = command["restart"]
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if order.pop("full", False):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), limit[1]))
         try:
             restart(State(daemon), **order)
         except CprError as error:
             return {"error": type(error).__name__, "what": str(error)}
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     if "wait" in command:
         os.kill(daemon.child, signal.SIGTERM)
         return {"status": os.waitpid(daemon.child, 0)[1]}

@@ -211,6 +211,14 @@ def test_exec_that_fails_after_the_answer(daemon: Running, kind: str, tmp_path: 
     assert daemon.restart()["generation"] == 1
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_out_of_descriptors(daemon: Running, asked: bool) -> None:
+    # Fills the lowest free number, which is then the limit.
+    failed = daemon.restart(full=True, asked=asked)
+    assert "Too many open files" in failed["what"]
+    assert daemon.restart()["generation"] == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

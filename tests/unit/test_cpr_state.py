@@ -589,9 +589,11 @@ def test_the_public_surface() -> None:
         "TransferFailed",
         "ask",
         "entries",
+        "receive",
         "restart",
         "resumed",
         "section",
+        "transfer",
     ]
 
 

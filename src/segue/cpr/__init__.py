@@ -22,6 +22,9 @@ A program that can be replaced begins like this, and calls `restart` when it is 
 
     restart(State(chat), [sys.executable, "-m", "chat"])     # never returns, or raises
 
+To another process, over a Unix socket: `transfer(State(chat), sock)`, and there
+`with receive(sock) as arrival:`, which ends as the block above does.
+
 `State.dump()` and `State.parse(data, *kinds, descriptors={name: fd})` are the same with bytes, for
 state files and descriptors whose numbers have changed; `entries(data)` says which ones to fetch.
 
@@ -43,6 +46,7 @@ from segue.cpr.errors import (
 from segue.cpr.restart import Question, ask, restart
 from segue.cpr.section import section
 from segue.cpr.state import Entry, State, entries
+from segue.cpr.transfer import receive, transfer
 
 __all__ = [
     "Arrival",
@@ -61,7 +65,9 @@ __all__ = [
     "TransferFailed",
     "ask",
     "entries",
+    "receive",
     "restart",
     "resumed",
     "section",
+    "transfer",
 ]

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -138,10 +139,14 @@ class Identity:
 
 def check(name: str, fd: int, expected: Identity) -> None:
     """Raises Refused where `fd` is not what was saved under `name`."""
+    found = None
     try:
-        found: Identity | None = Identity.of(fd)
-    except OSError:
-        found = None
+        found = Identity.of(fd)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise Refused(
+                f"descriptor {name} ({fd}): {error.strerror}", reason=Reason.DESCRIPTOR
+            ) from error
     if found is None or not found.same_as(expected):
         raise Refused(
             f"descriptor {name} ({fd}) is {found or 'closed'} now, it was {expected}",

@@ -56,27 +56,30 @@ class Question:
             raise Misuse("there is nothing to execute")
         self._argv = argv
         data = dump(state, None)
-        with contextlib.ExitStack() as ours:
-            fd = in_memfd(data)
-            ours.callback(os.close, fd)
-            self._read, write = os.pipe()
-            ours.callback(os.close, write)
-            self._output = os.memfd_create("segue-cpr-output")
-            letter = f"ask {fd} {write} {math.ceil(timeout) + 1}"
-            passed = [fd, write, *(entry.fd for entry in Parsed(data).entries)]
+        passed = [entry.fd for entry in Parsed(data).entries]
+        with contextlib.ExitStack() as undo:
             try:
+                fd = in_memfd(data)
+                undo.callback(os.close, fd)
+                self._read, write = os.pipe()
+                undo.callback(os.close, self._read)
+                undo.callback(os.close, write)
+                self._output = os.memfd_create("segue-cpr-output")
+                undo.callback(os.close, self._output)
+                letter = f"ask {fd} {write} {math.ceil(timeout) + 1}"
                 self._child = subprocess.Popen(
                     list(argv),
                     env=dict(os.environ if env is None else env) | {ENVIRONMENT: letter},
                     stdin=subprocess.DEVNULL,
                     stdout=self._output,
                     stderr=self._output,
-                    pass_fds=passed,
+                    pass_fds=[fd, write, *passed],
                 )
             except (OSError, ValueError) as error:
-                os.close(self._read)
-                os.close(self._output)
                 raise NoAnswer(f"{argv[0]} cannot be started: {error}") from error
+            undo.pop_all()
+        os.close(fd)
+        os.close(write)
 
     def __enter__(self) -> Self:
         return self
@@ -156,16 +159,16 @@ def restart(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         data = dump(state, Back(old, dict(os.environ), tuple(int(number) for number in mask)))
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         with contextlib.ExitStack() as undo:
-            fd = in_memfd(data)
-            undo.callback(os.close, fd)
-            letter = f"{How.RESTART.value} {fd}"
-            environment = dict(os.environ if env is None else env) | {ENVIRONMENT: letter}
-            passed = [fd, *(entry.fd for entry in Parsed(data).entries)]
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    stream.flush()
             try:
+                fd = in_memfd(data)
+                undo.callback(os.close, fd)
+                letter = f"{How.RESTART.value} {fd}"
+                environment = dict(os.environ if env is None else env) | {ENVIRONMENT: letter}
+                passed = [fd, *(entry.fd for entry in Parsed(data).entries)]
                 execute(tuple(argv), environment, passed)
             except (OSError, ValueError) as error:
                 raise ExecFailed(f"{argv[0]} cannot be executed: {error}") from error

@@ -376,7 +376,7 @@ def _entry(descriptor: Descriptor) -> dict[str, Any]:
         identity = Identity.of(descriptor.fd)
     except OSError as error:
         raise Refused(
-            f"descriptor {descriptor.name} ({descriptor.fd}) is not open",
+            f"descriptor {descriptor.name} ({descriptor.fd}): {error.strerror}",
             reason=Reason.DESCRIPTOR,
         ) from error
     return {"name": descriptor.name, "fd": descriptor.fd, **identity.to_plain()}
