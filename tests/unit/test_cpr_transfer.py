@@ -207,7 +207,7 @@ def test_the_limit_of_open_files(pair: Pair) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
                 with pytest.raises(CprError, match="Too many open files"):
                     transfer(state, ours)
             finally:
