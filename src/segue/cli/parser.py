@@ -30,6 +30,7 @@ COMMANDS = (
     "qmp",
     "suspend",
     "resume",
+    "reexec",
     "stop",
     "demo",
     "completion",
