@@ -2,8 +2,6 @@
 
     RUN_ROOT/NAME/          mode 0700; /run/segue for root, else $XDG_RUNTIME_DIR/segue
         lock                flock'ed by the supervisor for its whole life; holds "PID START\\n"
-        machine.json        what a supervisor needs that takes the machine up (keeper.py)
-        clients             of the QMP server (keeper.py)
         status.json         what `segue-query` answers, as of the last change (atomic rename)
         qmp.sock            the supervisor's QMP server
         qmp.log             who connected to it (and qmp.log.1)
@@ -147,10 +145,6 @@ class MachineDirectory:
         return self.path / "console.sock"
 
     @property
-    def machine(self) -> Path:
-        return self.path / "machine.json"
-
-    @property
     def journal(self) -> Path:
         return self.path / "journal"
 
@@ -190,11 +184,6 @@ class MachineDirectory:
                 hint="set SEGUE_RUN_DIR to a directory of your own",
             ) from error
         return directory
-
-    @classmethod
-    def owned(cls, name: str, lock: int) -> MachineDirectory:
-        """That of a machine whose lock this process has already, from before it executed itself."""
-        return cls(run_root() / name, lock)
 
     def _acquire(self) -> None:
         while self._lock is None:
@@ -288,12 +277,6 @@ class MachineDirectory:
                 continue
         return receipts
 
-    def let_go(self) -> None:
-        """Own the machine no more; all stays as it is."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def remove(self) -> None:
         """Remove the directory with all that is in it, then let go of the name."""
         self._clear()
@@ -306,7 +289,9 @@ class MachineDirectory:
             # Somebody has put a file there meanwhile; that does not keep the name taken.
             if error.errno != errno.ENOTEMPTY:
                 raise
-        self.let_go()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _clear(self) -> None:
         for folder, folders, files in os.walk(self.path, topdown=False):

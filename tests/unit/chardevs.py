@@ -40,8 +40,12 @@ class Instance:
         lent = lending(number)
         (_, self.argument) = broker.arguments(lent)
         self.inherited = {fd: os.dup(fd) for fd in lent.descriptors}
-        fd = int(Params.parse(self.argument, "backend").get("fd") or -1)
-        self.sock = socket.socket(fileno=os.dup(fd))
+        fd = Params.parse(self.argument, "backend").get("fd")
+        if fd is not None:
+            self.sock = socket.socket(fileno=os.dup(int(fd)))
+        else:  # `null`: nobody is there
+            self.sock, other = socket.socketpair()
+            other.close()
         self.sock.setblocking(False)
 
     def read(self, size: int = 65536) -> bytes:

@@ -30,7 +30,6 @@ COMMANDS = (
     "qmp",
     "suspend",
     "resume",
-    "reexec",
     "stop",
     "demo",
     "completion",

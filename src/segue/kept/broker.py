@@ -38,8 +38,8 @@ from segue.kept.channel import Channel, Watches
 from segue.kept.endpoints import Endpoint, Say
 from segue.kept.pair import Pair
 from segue.kept.prompt import Prompt
+from segue.kept.saved import Loader, Saver, raw
 from segue.kept.viewer import Viewer
-from segue.saved import Loader, Saver, raw
 
 TO_CLIENT = 1 << 20
 TO_GUEST = 4096  # CHR_READ_BUF_LEN
@@ -56,9 +56,9 @@ class Broker(Kept):
 
     `shared` are parameters that each instance gets too (mux, logfile), also when its backend is
     replaced. `gated`: a human monitor hears what is typed here, maybe beside others. With
-    `presence`, QEMU sees a disconnected socket while no client is there, and the guest a closed
-    port; a new client is given to QEMU by `replace_backend(id, fd)`, which raises SegueError where
-    QEMU refuses, and is not called while an upgrade is in progress.
+    `presence`, QEMU sees no connection while no client is there, and the guest a closed port; a
+    new client is given to QEMU by `replace_backend(id, fd)`, which raises SegueError where QEMU
+    refuses, and is not called while an upgrade is in progress.
     """
 
     kind = "chardev"
@@ -135,7 +135,6 @@ class Broker(Kept):
             for number, pair in data["pairs"].items()
         }
         self._serving, self._refused = data["serving"], data["refused"]
-        self._held = loader.held
         if data["prompt"] is not None and self._prompt is not None:
             self._prompt = Prompt.load(data["prompt"])
         self.to_guest += raw(data["to_guest"])
@@ -153,11 +152,17 @@ class Broker(Kept):
         number = lending.number
         if (old := self._pairs.pop(number, None)) is not None:
             self._close_pair(old)
-        pair = Pair.dead() if self._presence and not self.connected else Pair.make()
+        absent = self._presence and not self.connected
+        pair = Pair.dead() if absent else Pair.make()
         self._pairs[number] = pair
-        options = {"id": self.name, "fd": str(lending.inherit(pair.theirs.fileno()))}
+        # A socket counts as connected until QEMU has seen its end, which a port does not hear of
+        # before the guest runs: it would stay open for good. What is `null` was never connected.
+        backend = "null" if absent else "socket"
+        options = {"id": self.name}
+        theirs = lending.inherit(pair.theirs.fileno())
         if pair.ours is not None:
             lending.inherit(pair.ours.fileno())
+            options["fd"] = str(theirs)
         options |= self.shared
         if "logfile" in options and not lending.first:
             options["logappend"] = "on"
@@ -165,7 +170,7 @@ class Broker(Kept):
             self._serving = number
         self._pump()
         text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
-        return ["-chardev", f"socket,{text}"]
+        return ["-chardev", f"{backend},{text}"]
 
     def freeze(self) -> None:
         if self._gated:
@@ -460,6 +465,8 @@ class Broker(Kept):
         pair = self._pair
         if not self._presence or self._held or pair is None or self._replacing is not None:
             return
+        if self._previous is not None:
+            return  # whether the guest runs is not known yet, and before it does QEMU tells nobody
         if not self.connected:
             if pair.ours is not None:
                 self._write_instance()

@@ -35,8 +35,8 @@ from segue.errors import SegueError
 from segue.kept import processes, tun
 from segue.kept.base import Kept, Lending
 from segue.kept.guard import Call, Guard
+from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
-from segue.saved import Loader, Saver
 
 VHOST_NET = Path("/dev/vhost-net")
 

@@ -66,7 +66,11 @@ class Graph:
     def lines(self) -> Iterable[str]:
         """What two instances must have in common."""
         for name, root in self.drives.items():
-            yield f"drive {name}: {self.text(root) if root else 'empty'}"
+            if root is not None:
+                yield f"drive {name}: {self.text(root)}"
+            elif self.backends[name].get("qdev"):
+                # Without a device it is nothing: QEMU before 9 makes an `sd0` for every machine.
+                yield f"drive {name}: empty"
         for device, root in self.devices.items():
             # A device without an id has its path, which may be counted otherwise.
             told = device if not device.startswith("/") else device.rpartition("/")[0]

@@ -11,9 +11,9 @@ from segue.kept.base import Kept, Lending, Part
 from segue.kept.changes import blocks, devices, graph
 from segue.kept.changes.record import Record
 from segue.kept.draft import Words
+from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
-from segue.saved import Loader, Saver
 
 # Options that make drives.
 _DRIVES = ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd")
