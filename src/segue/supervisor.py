@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import segue
+from segue.detach import SIGNALS, detached
 from segue.errors import SegueError
 from segue.kept.base import Lending
 from segue.kept.broker import Broker
@@ -58,7 +59,6 @@ _STATE_EVENTS = frozenset(
 # Of an upgrade's own doing: clients see SEGUE_UPGRADE instead.
 _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 _ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HISTORY = 1000
 # Seconds for the answer to what has ended the machine.
 _LAST_ANSWERS = 2.0
@@ -109,9 +109,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._starting = asyncio.current_task()
-        for number in _SIGNALS:
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             with contextlib.ExitStack() as stack:
                 try:
@@ -515,40 +515,11 @@ def _supervise(
     name: str | None, line: CommandLine, *, detached: bool, ready: Any, **more: Any
 ) -> int:
     # Until the loop can handle them: what is made from here on must not be left behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     directory = MachineDirectory.create(name or default_name(line.argv()))
     supervisor = Supervisor(directory, line, detached=detached, **more)
     return asyncio.run(supervisor.run(ready))
 
 
 def _detached(name: str | None, line: CommandLine, **more: Any) -> int:
-    """Return when the guest runs, as `-daemonize` does; the child goes on by itself.
-
-    Until then the child has the user's stderr, so an error is seen as in the foreground.
-    """
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write_end)
-        try:
-            with os.fdopen(read_end, "rb") as pipe:
-                if pipe.read(1):
-                    return 0
-        except KeyboardInterrupt:
-            # The child has a session of its own: a Ctrl-C does not reach it.
-            os.kill(pid, signal.SIGTERM)
-            os.waitpid(pid, 0)
-            raise
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(read_end)
-    os.setsid()
-
-    def ready() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
-        os.write(write_end, b"1")
-        os.close(write_end)
-
-    return _supervise(name, line, detached=True, ready=ready, **more)
+    return detached(lambda ready: _supervise(name, line, detached=True, ready=ready, **more))

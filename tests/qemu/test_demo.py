@@ -84,7 +84,7 @@ def test_three_upgrades_before_ones_eyes(demos: list[Demo], place: Path) -> None
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-@pytest.mark.parametrize("moment", ["the guest drew", r"\$ segue upgrade", "→"])
+@pytest.mark.parametrize("moment", [r"\$ segue run", "the guest drew", r"\$ segue upgrade", "→"])
 def test_interrupted_at_any_moment(
     demos: list[Demo], place: Path, moment: str, number: signal.Signals, status: int
 ) -> None:

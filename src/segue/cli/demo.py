@@ -100,16 +100,19 @@ def _machine(qemu: str, folder: Path) -> Iterator[Path]:
         *("-serial", f"unix:{serial},server=on,wait=off", "-kernel", os.fspath(image())),
     ]
     print(f"$ segue run --name {_NAME} --detach -- {shlex.join(command)}", flush=True)
-    # A session of its own: Ctrl-C is for us alone, who then wait until there is something to end.
-    starting = subprocess.Popen(
-        [sys.executable, "-m", "segue", "run", "--name", _NAME, "--detach", "--", *command],
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    starting: subprocess.Popen[str] | None = None
     try:
+        with _signals_wait():
+            # A session of its own: Ctrl-C is for us alone, who then wait until there is something
+            # to end.
+            starting = subprocess.Popen(
+                [sys.executable, "-m", "segue", "run", "--name", _NAME, "--detach", "--", *command],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         _, said = starting.communicate()
         if starting.returncode:
             what, *_ = said.strip().splitlines() or ["segue: no reason was given"]
@@ -120,8 +123,9 @@ def _machine(qemu: str, folder: Path) -> Iterator[Path]:
         yield serial
     finally:
         with _uninterrupted():
-            starting.wait(_ENDING)
-            _end()
+            if starting is not None:
+                starting.wait(_ENDING)
+                _end()
 
 
 @contextmanager
@@ -138,6 +142,24 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What comes meanwhile comes at the end: a process is started and known, or neither.
+
+    Not by a mask, which the process would inherit.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda n, _: came.append(n)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextmanager
