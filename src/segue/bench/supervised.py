@@ -1,0 +1,165 @@
+"""Machines under Segue: the embedded guest, started for this, or one of the user's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from segue import machines
+from segue.bench import guest
+from segue.bench.cases import Case, Load
+from segue.bench.guest import Shell
+from segue.bench.heartbeat import Heartbeat
+from segue.bench.subject import Subject, Upgraded
+from segue.errors import QemuError, Refused, SegueError
+from segue.qemu.monitor import Monitor
+
+# Until a guest that boots has beaten so often, it still has other things to do.
+BOOTED = 3000
+BOOT_LIMIT = 180.0
+_ENDING = 30.0
+
+
+class Supervised(Subject):
+    """A machine with a supervisor, asked over its QMP socket as any client would."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.binary = case.old
+        self.heartbeat: Heartbeat | None = None
+        self.machine: machines.MachineStatus
+        self._monitor: Monitor | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.machine.supervisor_pid is not None
+        return self.machine.supervisor_pid
+
+    @property
+    def monitor(self) -> Monitor:
+        assert self._monitor is not None, "attach() comes first"
+        return self._monitor
+
+    @property
+    def supervisor(self) -> int | None:
+        return self.pid
+
+    async def attach(self, machine: machines.MachineStatus) -> None:
+        self.machine = machine
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(machine.directory.qmp))
+        self._monitor = await Monitor.connect(sock)
+
+    async def upgrade(self, to: Path) -> Upgraded:
+        request = {"to": str(to), "force": True, "mode": self.case.way}
+        receipt = await self.monitor.execute("segue-upgrade", request)
+        if receipt["result"] != "done":
+            reasons = [f"{b['what']}: {b['why']}" for b in receipt["blockers"]]
+            error = receipt["error"] or {}
+            what = "; ".join([error.get("what") or receipt["result"], *reasons])
+            kind = Refused if receipt["result"] == "refused" else SegueError
+            raise kind(what, error.get("hint"), receipt["guest"])
+        self.binary = to
+        return Upgraded(
+            receipt["from"]["version"],
+            receipt["to"]["version"],
+            receipt["blackout_seconds"],
+            receipt["own_seconds"],
+        )
+
+
+class OwnMachine(Supervised):
+    """A machine that is there, and stays when the bench has ended."""
+
+    def __init__(self, case: Case, machine: machines.MachineStatus) -> None:
+        super().__init__(case)
+        self._found = machine
+
+    async def start(self) -> None:
+        await self.attach(self._found)
+
+    async def rest(self) -> None:
+        """Its guest has its own work to do."""
+
+    async def wake(self) -> None:
+        """It never rested."""
+
+    async def close(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+
+
+class Embedded(Supervised):
+    """The Linux guest, run for the bench in a run directory of its own."""
+
+    def __init__(self, case: Case, place: Path, name: str) -> None:
+        super().__init__(case)
+        self._place = place / name
+        self._name = name
+        self._shell: Shell | None = None
+
+    async def start(self) -> None:
+        self._place.mkdir()
+        beat, shell = self._place / "beat", self._place / "shell"
+        command = [
+            *(str(self.case.old), "-M", "q35", *guest.machine(self.case, self._place)),
+            *("-chardev", f"socket,id=beat,path={beat},server=on,wait=off"),
+            *("-chardev", f"socket,id=shell,path={shell},server=on,wait=off"),
+        ]
+        # A session of its own: a Ctrl-C is for us, who then end it.
+        starting = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "segue", "run", "--name", self._name, "--detach", "--"),
+            *command,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            _, said = await starting.communicate()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                starting.send_signal(signal.SIGINT)
+            await starting.wait()
+            raise
+        if starting.returncode:
+            reason, *_ = said.decode(errors="replace").splitlines() or ["no reason was given"]
+            raise SegueError(f"the guest could not be started: {reason.removeprefix('segue: ')}")
+        await self.attach(machines.find(self._name))
+        self._shell = Shell(_connected(shell))
+        self.heartbeat = Heartbeat()
+        self.heartbeat.listen(_connected(beat))
+        await asyncio.to_thread(self.heartbeat.wait, BOOTED, BOOT_LIMIT)
+        await guest.load_once(self.case, self._shell)
+
+    async def rest(self) -> None:
+        await self.monitor.execute("stop")
+
+    async def wake(self) -> None:
+        assert self._shell is not None
+        await self.monitor.execute("cont")
+        await guest.load_again(self.case, self._shell)
+
+    async def close(self) -> None:
+        with contextlib.suppress(SegueError):
+            machine = machines.find(self._name)
+            if self._monitor is None:
+                await self.attach(machine)
+            with contextlib.suppress(QemuError, TimeoutError):
+                await self.monitor.execute("quit", timeout=_ENDING)
+            self.monitor.close()
+            await asyncio.to_thread(machines.wait_until_gone, machine, _ENDING)
+        if self._shell is not None:
+            self._shell.close()
+        if self.heartbeat is not None:
+            self.heartbeat.close()
+
+
+def _connected(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(str(path))
+    return sock
