@@ -19,13 +19,14 @@ DISK_MIB = 512
 class Load(StrEnum):
     """What the guest does besides beating.
 
-    DIRTY rewrites a part of its memory all the time. DISK has written 512 MiB to its disk, which
-    QEMU has taken and nobody has flushed, when the upgrade begins.
+    DIRTY rewrites a quarter of its memory all the time. DISK has written 512 MiB to its disk, which
+    QEMU has taken and nobody has flushed, when the upgrade begins. NET answers 500 pings a second.
     """
 
     IDLE = "idle"
     DIRTY = "dirty"
     DISK = "disk"
+    NET = "net"
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,33 @@ class Figures:
     gap           the longest that somebody outside waited for a beat, while the upgrade lasted
     quiet_gap     the same in the second before it, while nothing was done
     guest_gap     the longest from beat to beat by the guest's own clock, while it lasted
+    brownout      from the end of the gap until beats come as evenly as in the second before
     blackout      QEMU's STOP to RESUME, by the time stamps of its events
     own           of that Segue's: from QEMU's last event to the sending of `cont`
     total         from asking for the upgrade to its receipt
+    exposed       of that from `open` to `release`: something is being done to the guest
+    bytes_moved   through the migration stream
     beats_lost    numbers that were missing or came twice, from the run before to this one
-    extra_memory  private memory of all its processes at the peak, less that at rest
+    bytes_lost    bytes of its console that are no beat of a guest's
+    packets_lost  pings that were never answered, from the run before to this one (Load.NET)
+    extra_memory  memory of all its processes at the peak, less that at rest
     others        CPUs that processes other than ours kept busy in the second before
     """
 
-    gap: float | None
-    quiet_gap: float | None
-    guest_gap: float | None
-    blackout: float | None
-    own: float | None
     total: float
-    beats_lost: int | None
-    extra_memory: int | None
-    others: float
+    others: float = 0.0
+    gap: float | None = None
+    quiet_gap: float | None = None
+    guest_gap: float | None = None
+    brownout: float | None = None
+    blackout: float | None = None
+    own: float | None = None
+    exposed: float | None = None
+    bytes_moved: int | None = None
+    beats_lost: int | None = None
+    bytes_lost: int | None = None
+    packets_lost: int | None = None
+    extra_memory: int | None = None
 
     def to_json(self) -> dict[str, float | int | None]:
         return {name: _rounded(value) for name, value in asdict(self).items()}
@@ -39,26 +49,31 @@ class Figures:
 
 @dataclass(frozen=True)
 class Summary:
-    """One figure of many runs: median, quartiles, extremes."""
+    """One figure of many runs: median, quartiles, extremes, and the sum."""
 
     median: float
     low: float
     high: float
     minimum: float
     maximum: float
+    total: float
 
     def to_json(self) -> dict[str, float | int | None]:
         return {name: _rounded(value) for name, value in asdict(self).items()}
 
 
 def summarise(values: Sequence[float]) -> Summary | None:
-    """None for no values at all."""
+    """None for no values at all.
+
+    >>> summarise([5, 1, 3]).median
+    3.0
+    """
     if not values:
         return None
-    low, median, high = values[0], values[0], values[0]
+    low, median, high = values[0], float(values[0]), values[0]
     if len(values) > 1:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Summary(median, low, high, min(values), max(values))
+    return Summary(median, low, high, min(values), max(values), sum(values))
 
 
 def summaries(runs: Sequence[Figures]) -> dict[str, Summary | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from segue.bench.cases import DISK_MIB, Case, Load
 from segue.errors import SegueError, UsageError
 
+_PROGRAM = "qemu-system-x86_64"
 _STATUS = re.compile(rb"status=(\d+)\r?\n")
 # A shell that says nothing for so many seconds will not say anything any more.
 _SILENCE = 120.0
@@ -22,6 +24,31 @@ def cache() -> Path:
     if chosen := os.environ.get("SEGUE_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segue"
+
+
+def qemu(name: str) -> Path:
+    """A path, a program in PATH, or a release in the cache."""
+    if (release := cache() / "qemu" / name / _PROGRAM).is_file() and "/" not in name:
+        return release
+    if "/" in name:
+        return Path(name).absolute()
+    if (found := shutil.which(name)) is None:
+        raise UsageError(
+            f"there is no program {name} in PATH, and no such release in {cache() / 'qemu'}",
+            hint="in Segue's sources: make releases",
+        )
+    return Path(found)
+
+
+def usual_pair() -> tuple[Path, Path]:
+    """The newest release of the cache, upgraded to itself: every mode can do that."""
+    releases = sorted((cache() / "qemu").glob(f"*/{_PROGRAM}"), key=_version)
+    newest = qemu(releases[-1].parent.name if releases else _PROGRAM)
+    return newest, newest
+
+
+def _version(program: Path) -> list[int]:
+    return [int(part) for part in program.parent.name.split(".") if part.isdecimal()]
 
 
 @dataclass(frozen=True)
@@ -41,7 +68,12 @@ def files() -> Files:
     return found
 
 
-def machine(case: Case, place: Path) -> list[str]:
+def addresses(number: int) -> tuple[str, str]:
+    """The host's and the guest's, of the machine with this number; RFC 5737 keeps them free."""
+    return f"192.0.2.{4 * number + 1}", f"192.0.2.{4 * number + 2}"
+
+
+def machine(case: Case, place: Path, number: int) -> list[str]:
     """What makes the machine, without its memory and without the ends of its two consoles.
 
     The heartbeat is on the console with chardev id `beat`, the shell on the one named `shell`.
@@ -49,6 +81,8 @@ def machine(case: Case, place: Path) -> list[str]:
     """
     found = files()
     words = "console=ttyS0 quiet segue.heartbeat=/dev/hvc0 segue.shell=/dev/ttyS0"
+    if case.load is Load.NET:
+        words += f" segue.ip={addresses(number)[1]}/30"
     argv = [
         *("-m", f"{case.ram >> 20}", "-nodefaults", "-display", "none"),
         *("-kernel", str(found.kernel), "-initrd", str(found.initrd), "-append", words),
@@ -60,6 +94,14 @@ def machine(case: Case, place: Path) -> list[str]:
         with image.open("wb") as file:
             file.truncate(DISK_MIB << 20)
         argv += ["-drive", f"file={image},if=virtio,format=raw"]
+    if case.load is Load.NET:
+        script = place / "up"
+        script.write_text(
+            f"#!/bin/sh\nip address add {addresses(number)[0]}/30 dev $1; ip link set $1 up\n"
+        )
+        script.chmod(0o700)
+        argv += ["-netdev", f"tap,id=net,script={script},downscript=no"]
+        argv += ["-device", "virtio-net-pci,netdev=net"]
     return argv
 
 

@@ -15,20 +15,33 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from segue.errors import SegueError
 
-_LINE = re.compile(rb"hb (\d+) (\d+)")
-_NONCE = re.compile(rb"nonce ([0-9a-f]+)")
+_LINE = re.compile(rb"hb (\d+) (\d+)\r?")
+_NONCE = re.compile(rb"nonce ([0-9a-f]+)\r?")
+
+# A guest is back when so many seconds of beats are as even as they were before.
+_EVEN = 0.1
+# Of the beats that came before in such a time so many must come.
+_RATE = 0.95
+# No wait that is shorter than this says that a guest is not itself yet.
+_UNNOTICED = 0.002
 
 
 @dataclass
 class Beats:
-    """All beats that were read, in order. `lost` counts numbers that are missing or come twice."""
+    """All beats that were read, in order.
+
+    `lost` counts numbers that are missing or come twice, `garbled` the bytes of lines that are
+    nothing that the guest says. The first line of a connection may be the end of one.
+    """
 
     arrived: array[float] = field(default_factory=lambda: array("d"))
     clocks: array[int] = field(default_factory=lambda: array("q"))
     lost: int = 0
+    garbled: int = 0
     nonces: set[bytes] = field(default_factory=set)
     _number: int | None = None
     _rest: bytes = b""
@@ -37,10 +50,12 @@ class Beats:
         """Take what was read at `when`, in seconds."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            if beat := _LINE.match(line):
+            if beat := _LINE.fullmatch(line):
                 self._beat(int(beat[1]), int(beat[2]), when)
-            elif nonce := _NONCE.match(line):
+            elif nonce := _NONCE.fullmatch(line):
                 self.nonces.add(nonce[1])
+            elif self._number is not None:
+                self.garbled += len(line)
 
     def _beat(self, number: int, clock: int, when: float) -> None:
         if self._number is not None:
@@ -54,21 +69,50 @@ class Beats:
 
         None unless there was a beat before and one after: then nobody can say.
         """
-        first = bisect_right(self.arrived, begin) - 1
-        last = bisect_left(self.arrived, end)
-        if first < 0 or last >= len(self.arrived) or first == last:
-            return None
-        seen = self.arrived[first : last + 1]
-        return max(later - earlier for earlier, later in zip(seen, seen[1:], strict=False))
+        seen = self._touching(begin, end, self.arrived)
+        return max(later - earlier for earlier, later in pairwise(seen)) if seen else None
 
     def own_gap(self, begin: float, end: float) -> float | None:
         """As `gap`, by the guest's own clock, which stands still while the guest is stopped."""
+        seen = self._touching(begin, end, self.clocks)
+        return max(later - earlier for earlier, later in pairwise(seen)) / 1e9 if seen else None
+
+    def brownout(self, quiet: float, begin: float, end: float) -> float | None:
+        """Seconds from the end of the gap in begin..end until the guest is itself again.
+
+        That is when the beats of the next tenth of a second are as many as there were in one
+        between `quiet` and `begin`, and none was waited for longer than any was then. None if that
+        does not come before the last beat that was read.
+        """
+        seen = self._touching(begin, end, self.arrived)
+        usual = self.gap(quiet, begin)
+        if not seen or usual is None or begin <= quiet:
+            return None
+        wanted = _RATE * _EVEN * self._count(quiet, begin) / (begin - quiet)
+        longest = max(usual, _UNNOTICED)
+        _, gap_ended = max(pairwise(seen), key=lambda pair: pair[1] - pair[0])
+        first = bisect_left(self.arrived, gap_ended)
+        for since in self.arrived[first:]:
+            until = since + _EVEN
+            if until > self.arrived[-1]:
+                return None
+            if self._count(since, until) >= wanted and (self.gap(since, until) or 0) <= longest:
+                return since - gap_ended
+        return None
+
+    def between(self, begin: float, end: float) -> list[float]:
+        return list(self.arrived[bisect_left(self.arrived, begin) : bisect_left(self.arrived, end)])
+
+    def _count(self, begin: float, end: float) -> int:
+        return bisect_left(self.arrived, end) - bisect_left(self.arrived, begin)
+
+    def _touching(self, begin: float, end: float, values: array[float] | array[int]) -> list[float]:
+        """The values of the last beat before `begin` to the first after `end`; [] if one lacks."""
         first = bisect_right(self.arrived, begin) - 1
         last = bisect_left(self.arrived, end)
-        if first < 0 or last >= len(self.clocks) or first == last:
-            return None
-        seen = self.clocks[first : last + 1]
-        return max(b - a for a, b in zip(seen, seen[1:], strict=False)) / 1e9
+        if first < 0 or last >= len(self.arrived) or first == last:
+            return []
+        return list(values[first : last + 1])
 
 
 class Heartbeat:
@@ -109,7 +153,8 @@ class Heartbeat:
             self._awaited = None
         if not there:
             raise SegueError(
-                f"the guest's heartbeat did not come for {limit:g} s", hint="is the host overloaded?"
+                f"the guest's heartbeat did not come for {limit:g} s",
+                hint="is the host overloaded?",
             )
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ def describe() -> dict[str, Any]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "system": _found("/etc/os-release", r'^PRETTY_NAME="?([^"\n]*)"?$'),
-        "virtual": bool(re.search(r"^flags\s*:.*\bhypervisor\b", _text("/proc/cpuinfo"), re.MULTILINE)),
+        "virtual": bool(
+            re.search(r"^flags\s*:.*\bhypervisor\b", _text("/proc/cpuinfo"), re.MULTILINE)
+        ),
         "python": platform.python_version(),
     }
 
@@ -35,8 +37,8 @@ class Others:
     Clock ticks are what the kernel tells (proc_stat(5)), so a second shows 1/100 of a CPU.
     """
 
-    def __init__(self, pids: Sequence[int]) -> None:
-        self._pids = pids
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = tuple(pids)
         self._begin = self._now()
         self._since = time.monotonic()
 

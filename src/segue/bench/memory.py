@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-_PERIOD = 0.02
+_PERIOD = 0.05
 
 
 def resident(pid: int) -> int:
@@ -21,17 +22,31 @@ def proportional(pid: int) -> int:
     return _kib(f"/proc/{pid}/smaps_rollup", "Pss")
 
 
-def private(pids: Iterable[int]) -> int:
-    """Bytes that belong to these processes alone (RssAnon): no program text, no guest RAM.
+def held(pids: Iterable[int]) -> int:
+    """Bytes that these processes have for themselves, and in memfds, each counted once.
 
-    Read from /proc/PID/status, which costs the process nothing; /proc/PID/smaps* would walk its
-    page tables, guest RAM among them, under a lock that the guest needs.
+    Guest RAM lies in memfds, so that a copy of it shows. Read from /proc/PID/status and by stat(),
+    which costs the processes nothing; /proc/PID/smaps* would walk their page tables, guest RAM
+    among them, under a lock that the guest needs.
     """
     total = 0
+    memfds: dict[int, int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):
             total += _kib(f"/proc/{pid}/status", "RssAnon")
-    return total
+            memfds |= _memfds(pid)
+    return total + sum(memfds.values())
+
+
+def _memfds(pid: int) -> dict[int, int]:
+    """Inode → allocated bytes of the memfds that a process has open."""
+    found = {}
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(entry.path).startswith("/memfd:"):
+                status = os.stat(entry.path)
+                found[status.st_ino] = status.st_blocks * 512
+    return found
 
 
 def family(pid: int) -> list[int]:
@@ -50,16 +65,16 @@ def _kib(path: str, name: str) -> int:
 
 
 class Peak:
-    """The most private memory of a process's family above what it held when this was made."""
+    """The most memory of a process's family above what it held when this was made."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._rest = self._most = private(family(pid))
+        self._rest = self._most = held(family(pid))
         self._task = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
         while True:
-            self._most = max(self._most, private(family(self._pid)))
+            self._most = max(self._most, held(family(self._pid)))
             await asyncio.sleep(_PERIOD)
 
     def stop(self) -> int:

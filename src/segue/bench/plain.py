@@ -35,11 +35,12 @@ _MOVE_LIMIT = 60.0
 
 
 class Plain(Subject):
-    def __init__(self, case: Case, place: Path, name: str) -> None:
+    def __init__(self, case: Case, place: Path, number: int) -> None:
         self.case = case
         self.binary = case.old
         self.heartbeat = Heartbeat()
-        self._place = place / name
+        self._number = number
+        self._place = place / f"plain-{number}"
         self._ram = -1
         self._machine = ""
         self._started = 0
@@ -62,7 +63,7 @@ class Plain(Subject):
         if q35 is None:
             raise SegueError(f"{self.case.old} does not know the machine type q35")
         self._machine = f"{q35.name},memory-backend=pc.ram"
-        self._argv = guest.machine(self.case, self._place)
+        self._argv = guest.machine(self.case, self._place, self._number)
         self._instance, shell = await self._spawn(self.case.old)
         self._shell = Shell(shell)
         await asyncio.to_thread(self.heartbeat.wait, BOOTED, BOOT_LIMIT)
@@ -119,15 +120,21 @@ class Plain(Subject):
             for instance, end in ((incumbent, ours), (successor, theirs)):
                 await instance.monitor.execute("getfd", {"fdname": "bench"}, fds=[end.fileno()])
         await successor.monitor.execute("migrate-incoming", {"uri": "fd:bench"})
+        begin = time.monotonic()
         async with asyncio.timeout(_MOVE_LIMIT):
             blackout, own = await self._move(incumbent, successor)
+        exposed = time.monotonic() - begin
+        moved = (await incumbent.monitor.execute("query-migrate"))["ram"]["transferred"]
         await incumbent.kill()
         self._instance = successor
         if self._shell is not None:
             self._shell.close()
         self._shell = Shell(shell)
         self.binary = to
-        return Upgraded(incumbent.version, successor.version, blackout, own)
+        return Upgraded(incumbent.version, successor.version, blackout, own, exposed, moved)
+
+    async def go_back(self, to: Path) -> None:
+        await self.upgrade(to)
 
     async def _move(self, incumbent: Instance, successor: Instance) -> tuple[float, float]:
         """STOP to RESUME, and our own part of it, in seconds."""

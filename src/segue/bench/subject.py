@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from segue.bench.cases import Case
 from segue.bench.heartbeat import Heartbeat
+from segue.bench.pings import Pings
 
 
 @dataclass(frozen=True)
 class Upgraded:
-    """What the one who did it says of it: seconds, and the versions."""
+    """What the one who did it says of it: the versions, seconds, bytes, and what was not kept."""
 
     old: str
     new: str
     blackout: float | None
     own: float | None
+    exposed: float | None = None
+    bytes_moved: int | None = None
+    not_kept: list[str] = field(default_factory=list)
 
 
 class Subject(ABC):
     """A machine, started by `start` and ended by `close`; in between it is run or rests.
 
     A subject that rests costs the host nothing, so that several can be measured in turn.
-    `heartbeat` is None for a guest that does not beat.
+    `heartbeat` is None for a guest that does not beat, `pings` for one that nobody pings.
     """
 
     case: Case
-    heartbeat: Heartbeat | None
+    heartbeat: Heartbeat | None = None
+    pings: Pings | None = None
     binary: Path
     """The QEMU that it runs."""
 
@@ -50,7 +55,11 @@ class Subject(ABC):
 
     @abstractmethod
     async def upgrade(self, to: Path) -> Upgraded:
-        """Raises SegueError if it is not done."""
+        """Raises SegueError if it is not done: TimedOut, Refused, or worse."""
+
+    @abstractmethod
+    async def go_back(self, to: Path) -> None:
+        """Bring it to another QEMU in whatever way works best; not measured."""
 
     @abstractmethod
     async def close(self) -> None:

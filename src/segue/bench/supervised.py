@@ -9,20 +9,25 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from segue import machines
 from segue.bench import guest
 from segue.bench.cases import Case, Load
 from segue.bench.guest import Shell
 from segue.bench.heartbeat import Heartbeat
+from segue.bench.pings import Pings
 from segue.bench.subject import Subject, Upgraded
-from segue.errors import QemuError, Refused, SegueError
+from segue.errors import QemuError, Refused, SegueError, TimedOut
 from segue.qemu.monitor import Monitor
 
 # Until a guest that boots has beaten so often, it still has other things to do.
 BOOTED = 3000
 BOOT_LIMIT = 180.0
 _ENDING = 30.0
+# From `open` to `release` something is done to the guest.
+_EXPOSED = ("open", "hold", "move", "commit")
+_ERRORS = {"refused": Refused, "timed-out": TimedOut}
 
 
 class Supervised(Subject):
@@ -31,7 +36,6 @@ class Supervised(Subject):
     def __init__(self, case: Case) -> None:
         self.case = case
         self.binary = case.old
-        self.heartbeat: Heartbeat | None = None
         self.machine: machines.MachineStatus
         self._monitor: Monitor | None = None
 
@@ -56,32 +60,50 @@ class Supervised(Subject):
         self._monitor = await Monitor.connect(sock)
 
     async def upgrade(self, to: Path) -> Upgraded:
-        request = {"to": str(to), "force": True, "mode": self.case.way}
-        receipt = await self.monitor.execute("segue-upgrade", request)
-        if receipt["result"] != "done":
-            reasons = [f"{b['what']}: {b['why']}" for b in receipt["blockers"]]
-            error = receipt["error"] or {}
-            what = "; ".join([error.get("what") or receipt["result"], *reasons])
-            kind = Refused if receipt["result"] == "refused" else SegueError
-            raise kind(what, error.get("hint"), receipt["guest"])
-        self.binary = to
+        receipt = await self._upgrade(to, self.case.way)
+        phases = receipt["phases"]
         return Upgraded(
             receipt["from"]["version"],
             receipt["to"]["version"],
             receipt["blackout_seconds"],
             receipt["own_seconds"],
+            sum(phases.get(name, 0.0) for name in _EXPOSED),
+            receipt["bytes_moved"],
+            [f"{lost['what']}: {lost['why']}" for lost in receipt["not_kept"]],
         )
+
+    async def go_back(self, to: Path) -> None:
+        await self._upgrade(to, "handover")
+
+    async def _upgrade(self, to: Path, mode: str) -> dict[str, Any]:
+        request = {"to": str(to), "force": True, "mode": mode}
+        receipt: dict[str, Any] = await self.monitor.execute("segue-upgrade", request)
+        if receipt["result"] != "done":
+            reasons = [f"{b['what']}: {b['why']}" for b in receipt["blockers"]]
+            error = receipt["error"] or {}
+            what = "; ".join([error.get("what") or receipt["result"], *reasons])
+            kind = _ERRORS.get(receipt["result"], SegueError)
+            raise kind(what, error.get("hint"), receipt["guest"])
+        self.binary = to
+        return receipt
 
 
 class OwnMachine(Supervised):
-    """A machine that is there, and stays when the bench has ended."""
+    """A machine that is there, and stays when the bench has ended.
 
-    def __init__(self, case: Case, machine: machines.MachineStatus) -> None:
+    `beat` is the path of a socket on which its guest beats, if it does.
+    """
+
+    def __init__(self, case: Case, machine: machines.MachineStatus, beat: Path | None) -> None:
         super().__init__(case)
         self._found = machine
+        self._beat = beat
 
     async def start(self) -> None:
         await self.attach(self._found)
+        if self._beat is not None:
+            self.heartbeat = Heartbeat()
+            self.heartbeat.listen(_connected(self._beat))
 
     async def rest(self) -> None:
         """Its guest has its own work to do."""
@@ -92,22 +114,30 @@ class OwnMachine(Supervised):
     async def close(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
+        if self.heartbeat is not None:
+            self.heartbeat.close()
 
 
 class Embedded(Supervised):
     """The Linux guest, run for the bench in a run directory of its own."""
 
-    def __init__(self, case: Case, place: Path, name: str) -> None:
+    def __init__(self, case: Case, place: Path, number: int) -> None:
         super().__init__(case)
-        self._place = place / name
-        self._name = name
+        self._number = number
+        self._name = f"bench-{number}"
+        self._place = place / self._name
         self._shell: Shell | None = None
 
     async def start(self) -> None:
         self._place.mkdir()
         beat, shell = self._place / "beat", self._place / "shell"
         command = [
-            *(str(self.case.old), "-M", "q35", *guest.machine(self.case, self._place)),
+            *(
+                str(self.case.old),
+                "-M",
+                "q35",
+                *guest.machine(self.case, self._place, self._number),
+            ),
             *("-chardev", f"socket,id=beat,path={beat},server=on,wait=off"),
             *("-chardev", f"socket,id=shell,path={shell},server=on,wait=off"),
         ]
@@ -135,14 +165,20 @@ class Embedded(Supervised):
         self.heartbeat.listen(_connected(beat))
         await asyncio.to_thread(self.heartbeat.wait, BOOTED, BOOT_LIMIT)
         await guest.load_once(self.case, self._shell)
+        if self.case.load is Load.NET:
+            self.pings = Pings(guest.addresses(self._number)[1])
 
     async def rest(self) -> None:
+        if self.pings is not None:
+            await asyncio.to_thread(self.pings.end)
         await self.monitor.execute("stop")
 
     async def wake(self) -> None:
         assert self._shell is not None
         await self.monitor.execute("cont")
         await guest.load_again(self.case, self._shell)
+        if self.pings is not None:
+            self.pings.begin()
 
     async def close(self) -> None:
         with contextlib.suppress(SegueError):
@@ -157,6 +193,8 @@ class Embedded(Supervised):
             self._shell.close()
         if self.heartbeat is not None:
             self.heartbeat.close()
+        if self.pings is not None:
+            self.pings.close()
 
 
 def _connected(path: Path) -> socket.socket:

@@ -32,6 +32,7 @@ COMMANDS = (
     "resume",
     "stop",
     "demo",
+    "bench",
     "completion",
 )
 

@@ -19,6 +19,9 @@ from segue.kept.saved import Loader, Saver
 # Towards the guest: small, since what waits there at an upgrade is taken back in the blackout.
 # The kernel doubles it, and counts about 0.8 KiB for each single byte that was sent alone.
 _TO_INSTANCE = 16384
+# From the guest: as large as the kernel allows everybody (wmem_max), since a virtio console drops
+# what has no room. A line of 25 bytes each millisecond then has room for half a second.
+_FROM_INSTANCE = 212992
 # More than can wait in either direction. One recv() of this size takes all of it, or an
 # instance that reads at the same moment does: they cannot interleave, as the kernel holds the
 # socket's lock for the whole call.
@@ -41,6 +44,7 @@ class Pair:
         """With room for so many bytes towards the instance; None is the system's default."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
         if to_instance is not None:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, to_instance)
         return cls(ours, theirs)

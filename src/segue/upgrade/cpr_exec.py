@@ -194,6 +194,9 @@ class CprExec(Handover):
         await monitor.execute("migrate-incoming", {"uri": uri})
         await self._until(watch.until("completed"))
 
+    async def _bytes_moved(self) -> int:
+        return (self.surroundings.directory / _STATE).stat().st_size
+
     async def _undo(self) -> None:
         if self._called is not None and self._migrating and self._connection is None:
             failed = self._watches[0].until("failed")

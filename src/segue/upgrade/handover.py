@@ -428,6 +428,16 @@ class Handover:
     async def _release(self) -> None:
         assert self.successor is not None
         self.receipt.guest = ON_SUCCESSOR if self._was_running else "paused on the successor"
+        with contextlib.suppress(SegueError, TimeoutError):
+            self.receipt.bytes_moved = await self._bytes_moved()
+
+    async def _bytes_moved(self) -> int | None:
+        """Through the stream; an incumbent that was killed for a paused guest cannot tell."""
+        if self.incumbent.monitor.closed:
+            return None
+        answer = await self.incumbent.monitor.execute("query-migrate", timeout=1)
+        moved: int = answer["ram"]["transferred"]
+        return moved
 
     async def _retire(self) -> None:
         assert self.successor is not None

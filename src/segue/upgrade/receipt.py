@@ -34,6 +34,7 @@ class Receipt:
     blackout_seconds: float | None = None
     own_seconds: float | None = None
     clock_lag_seconds: float = 0.0
+    bytes_moved: int | None = None
     phases: dict[str, float] = field(default_factory=dict)
     kept: list[dict[str, Any]] = field(default_factory=list)
     not_kept: list[dict[str, str]] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Receipt:
             "blackout_seconds": _rounded(self.blackout_seconds),
             "own_seconds": _rounded(self.own_seconds),
             "clock_lag_seconds": _rounded(self.clock_lag_seconds),
+            "bytes_moved": self.bytes_moved,
             "phases": {name: _rounded(seconds) for name, seconds in self.phases.items()},
             "kept": self.kept,
             "not_kept": self.not_kept,

@@ -1,0 +1,47 @@
+"""segue bench on real QEMU: a run of each mode, and what it must be able to tell of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.harness import Segue, processes_with, qemu
+
+
+@pytest.mark.timeout(300)
+def test_every_mode_is_measured_and_nothing_is_left(segue: Segue, place: Path) -> None:
+    segue.environment["TMPDIR"] = str(place)
+    newest = qemu("11.1")
+    done = segue("bench", "--qemu", f"{newest}:{newest}", "--runs", "1", "--json", limit=280)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    cases = {case["way"]: case for case in result["cases"]}
+    assert set(cases) == {"plain", "handover", "cpr-transfer", "cpr-exec", "migrate"}
+    for case in cases.values():
+        assert case["refused"] is None and case["unfinished"] == []
+        (run,) = case["runs"]
+        assert 0 < run["blackout"] < run["gap"] <= run["total"]
+        assert run["bytes_moved"] > 0
+        assert run["bytes_lost"] == 0
+    moved = {way: case["runs"][0]["bytes_moved"] for way, case in cases.items()}
+    assert moved["migrate"] > 10 * moved["handover"]
+    memory = {way: case["runs"][0]["extra_memory"] for way, case in cases.items()}
+    assert memory["migrate"] > memory["handover"]
+    assert "5/5 migrate 512 MiB idle: gap" in done.stderr
+    assert list(place.iterdir()) == []
+    assert processes_with(f"TMPDIR={place}") == []
+
+
+def test_what_a_qemu_does_not_have_is_told_in_the_table(segue: Segue, place: Path) -> None:
+    segue.environment["TMPDIR"] = str(place)
+    done = segue(
+        *("bench", "--qemu", f"{qemu('7.2')}:{qemu('10.0')}", "--runs", "1"),
+        *("--modes", "handover,cpr-exec"),
+        limit=110,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("QEMU 7.2.")
+    assert "cpr-exec: refused: this machine cannot be moved to" in done.stdout
+    assert "resident at rest" in done.stdout
