@@ -194,16 +194,16 @@ class Segue:
         self,
         name: str,
         argv: list[str],
-        *,
+        *options: str,
         stdin: Any = subprocess.DEVNULL,
         stdout: Any = None,
         stderr: Any = None,
         wait: bool = True,
         preexec: Callable[[], None] | None = None,
     ) -> Machine:
-        """`segue run` in the foreground; returns once its QEMU runs."""
+        """`segue run` in the foreground, with `options`; returns once its QEMU runs."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "segue", "run", "--name", name, "--", *argv],
+            [sys.executable, "-m", "segue", "run", "--name", name, *options, "--", *argv],
             env=self.environment,
             stdin=stdin,
             stdout=stdout,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.qemu.conftest import tiny
 from tests.qemu.harness import Segue, alive, passt, qemu, wait_until
 from tests.qemu.netns import Namespace, Stream
 from tests.qemu.test_network import ECHO, Guest, kept, linux
@@ -118,3 +120,43 @@ def test_a_passt_that_dies_is_started_again(
     one.machine.handed_over("--to", qemu("10.0"))
     one.outbound().end()
     assert kept(one.machine.status(), "passt")["identity"]["pid"] != first
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "-nic user,model=virtio-net-pci,mac=52:54:00:aa:00:01",
+        "-nic user,model=e1000e -nic user",
+        "-nic user,model=e1000e -nic none -nic hubport,hubid=7,model=virtio-net-pci",
+        "-net nic,model=virtio-net-pci -net user",
+        "-netdev user,id=a -device virtio-net,netdev=a -netdev user,id=b -device e1000,netdev=b",
+    ],
+)
+def test_the_guest_has_the_same_cards_as_with_slirp(
+    command: Segue, place: Path, namespace: Namespace, words: str
+) -> None:
+    """In the same places and with the same addresses, whoever serves the network."""
+    seen = []
+    for how in ("slirp", "passt"):
+        machine = tiny(place, "7.2", *words.split(), machine="pc")
+        machine.remove("-nodefaults")
+        with namespace.inside():
+            started = command.start(how, machine, f"--net-user={how}")
+        started.handed_over("--to", qemu("11.1"))
+        with started.qmp() as qmp:
+            buses = qmp.command("query-pci")
+            text = qmp.command("human-monitor-command", {"command-line": "info network"})
+        cards = [
+            (device["slot"], device["id"])
+            for device in buses[0]["devices"]
+            if device["class_info"]["class"] == 0x200
+        ]
+        seen.append((cards, re.findall("macaddr=(.*)", text)))
+        assert len([k for k in started.status()["kept"] if k["kind"] == "passt"]) == (
+            (words.count("user") or not words) * (how == "passt")
+        )
+        started.stop()
+        started.wait()
+    assert seen[0] == seen[1]
+    assert seen[0][0]
