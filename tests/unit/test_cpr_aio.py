@@ -1,0 +1,543 @@
+"""Connections, children and timers that are taken apart and put together again, bit for bit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segue.cpr import Misuse, NoAnswer, Refused, State, receive, section, transfer
+from segue.cpr.aio import Child, ChildState, Protocol, Server, ServerState, Timers, ask
+
+
+@section("service", version=1)
+@dataclass(frozen=True)
+class Service:
+    server: ServerState
+
+
+@section("children", version=1)
+@dataclass(frozen=True)
+class Children:
+    child: ChildState
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(limited())
+
+
+def moved(state: State, *kinds: type) -> State:
+    """What another process would get: the same things under other numbers."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor() as pool:
+        sent = pool.submit(transfer, state, ours)
+        with receive(theirs) as arrival:
+            received = arrival.load(*kinds)
+        sent.result()
+    return received
+
+
+def replaced(server: Server, factory: Callable[[], Protocol]) -> Server:
+    """The server in "another process"; this one's is gone, as if by exec()."""
+    received = moved(State(Service(server.suspend())), Service)
+    server.abort()
+    newer = Server.restore(received.get(Service).server, factory)
+    newer.start()
+    return newer
+
+
+def listening() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop work until that is so."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+async def connect(server: Server) -> socket.socket:
+    """A client's end, accepted by the server."""
+    client = socket.socket()
+    client.setblocking(False)
+    count = len(server.connections)
+    await asyncio.get_running_loop().sock_connect(client, server.listeners[0].getsockname())
+    await until(lambda: len(server.connections) > count)
+    return client
+
+
+async def read(client: socket.socket, count: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = bytearray()
+    while len(data) < count:
+        more = await loop.sock_recv(client, min(1 << 16, count - len(data)))
+        if not more:
+            break
+        data += more
+    return bytes(data)
+
+
+class Framed(Protocol):
+    """Echoes frames: a byte that says how long, and so many bytes; counts them."""
+
+    frames = 0
+
+    def data_received(self) -> None:
+        while self.unread and len(self.unread) > self.unread[0]:
+            end = self.unread[0] + 1
+            self.write(self.unread[:end])
+            del self.unread[:end]
+            self.frames += 1
+
+    def save(self) -> Any:
+        return {"frames": self.frames}
+
+    def restored(self, data: Any) -> None:
+        self.frames = data["frames"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    frames=st.lists(st.binary(max_size=255), min_size=1, max_size=30),
+    cuts=st.lists(st.integers(1, 200), min_size=1, max_size=8),
+    moves=st.sets(st.integers(0, 12)),
+)
+def test_however_it_is_cut_and_wherever_it_moves(
+    frames: list[bytes], cuts: list[int], moves: set[int]
+) -> None:
+    stream = b"".join(bytes([len(frame)]) + frame for frame in frames)
+
+    async def test() -> None:
+        server = Server(Framed, listening())
+        server.start()
+        client = await connect(server)
+        with client:
+            position, echoed = 0, b""
+            for turn in range(13):
+                cut = cuts[turn % len(cuts)]
+                client.sendall(stream[position : position + cut])
+                position += cut
+                await asyncio.sleep(0)
+                if turn in moves:
+                    server = replaced(server, Framed)
+            client.sendall(stream[position:])
+            echoed = await read(client, len(stream))
+            assert echoed == stream
+            [connection] = server.connections
+            assert isinstance(connection, Framed)
+            assert connection.frames == len(frames)
+            assert not connection.unread
+        server.abort()
+
+    run(test)
+
+
+class Flood(Protocol):
+    SIZE = 8 << 20
+    PATTERN = bytes(range(251)) * (SIZE // 251)
+
+    def connection_made(self) -> None:
+        self.write(self.PATTERN)
+
+
+@pytest.mark.parametrize("end", ["open", "finish", "close"])
+def test_what_a_slow_client_has_not_read_goes_on(end: str) -> None:
+    async def test() -> None:
+        server = Server(Flood, listening())
+        server.start()
+        client = await connect(server)
+        with client:
+            [connection] = server.connections
+            await until(lambda: connection.unsent > 0)
+            if end == "finish":
+                connection.write_eof()
+            elif end == "close":
+                connection.close()
+            received = b""
+            for _ in range(5):
+                before = server.connections[0].unsent
+                server = replaced(server, Flood)
+                assert server.connections[0].unsent == before > 0
+                received += await read(client, 200_000)
+            rest = len(Flood.PATTERN) - len(received)
+            received += await read(client, rest + (end != "open"))
+            assert received == Flood.PATTERN
+            if end == "finish":
+                [connection] = server.connections
+                client.sendall(b"answer")
+                await until(lambda: connection.unread == b"answer")
+                with pytest.raises(Misuse):
+                    connection.write(b"more")
+            assert bool(server.connections) == (end != "close")
+        server.abort()
+
+    run(test)
+
+
+class Patient(Protocol):
+    """Goes on after the peer's last byte; a word asks for a word."""
+
+    lost = 0
+
+    def eof_received(self) -> bool:
+        return True
+
+    def connection_lost(self, error: OSError | None) -> None:
+        self.lost += 1
+
+
+def test_a_peer_that_has_sent_its_last_byte_before() -> None:
+    async def test() -> None:
+        server = Server(Patient, listening())
+        server.start()
+        client = await connect(server)
+        with client:
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            await until(lambda: server.connections[0]._ended)
+            server = replaced(server, Patient)
+            [connection] = server.connections
+            assert connection.unread == b"question"
+            connection.write(b"answer")
+            connection.close()
+            assert await read(client, 100) == b"answer"
+            assert isinstance(connection, Patient)
+            assert connection.lost == 1
+            assert server.connections == ()
+            connection.write(b"into the void")
+            connection.close()
+            assert connection.lost == 1
+        server.abort()
+
+    run(test)
+
+
+def test_one_that_is_paused_stays_paused() -> None:
+    async def test() -> None:
+        server = Server(Framed, listening())
+        server.start()
+        client = await connect(server)
+        with client:
+            server.connections[0].pause_reading()
+            client.sendall(b"\x01x")
+            server = replaced(server, Framed)
+            [connection] = server.connections
+            assert connection.paused
+            ready = await echo_of_another(server)
+            assert ready == b"\x01y"
+            assert not connection.unread
+            connection.resume_reading()
+            assert await read(client, 2) == b"\x01x"
+        server.abort()
+
+    async def echo_of_another(server: Server) -> bytes:
+        with await connect(server) as other:
+            other.sendall(b"\x01y")
+            return await read(other, 2)
+
+    run(test)
+
+
+def test_suspended_and_started_again_nothing_is_lost() -> None:
+    async def test() -> None:
+        server = Server(Framed, listening())
+        server.start()
+        client = await connect(server)
+        with client:
+            for number in range(50):
+                client.sendall(bytes([1, number]))
+                server.suspend()
+                with pytest.raises(Misuse, match="suspended"):
+                    server.connections[0].write(b"x")
+                server.start()
+                server.start()
+            assert await read(client, 100) == b"".join(bytes([1, n]) for n in range(50))
+        server.abort()
+
+    run(test)
+
+
+def test_clients_that_came_meanwhile_are_served() -> None:
+    async def test() -> None:
+        server = Server(Framed, listening())
+        server.start()
+        with socket.create_connection(server.listeners[0].getsockname()) as client:
+            client.setblocking(False)
+            client.sendall(b"\x01x")
+            server = replaced(server, Framed)
+            assert await read(client, 2) == b"\x01x"
+        server.abort()
+
+    run(test)
+
+
+class Faulty(Framed):
+    def data_received(self) -> None:
+        if self.unread.startswith(b"!"):
+            raise ValueError("a mistake of the program's")
+        super().data_received()
+
+
+def test_a_mistake_in_the_program_costs_one_connection() -> None:
+    async def test() -> None:
+        told: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        server = Server(Faulty, listening())
+        server.start()
+        bad, good = await connect(server), await connect(server)
+        with bad, good:
+            bad.sendall(b"!")
+            assert await read(bad, 1) == b""
+            good.sendall(b"\x01x")
+            assert await read(good, 2) == b"\x01x"
+        assert [str(context["exception"]) for context in told] == ["a mistake of the program's"]
+        server.abort()
+
+    run(test)
+
+
+def test_a_peer_that_resets() -> None:
+    async def test() -> None:
+        server = Server(Patient, listening())
+        server.start()
+        client = await connect(server)
+        [connection] = server.connections
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        client.close()
+        await until(lambda: not server.connections)
+        assert isinstance(connection, Patient)
+        assert connection.lost == 1
+        with pytest.raises(Misuse):
+            connection.sock.fileno()
+        server.abort()
+
+    run(test)
+
+
+def test_drain_waits_for_the_peer() -> None:
+    async def test() -> None:
+        server = Server(Flood, listening())
+        server.start()
+        client = await connect(server)
+        with client:
+            [connection] = server.connections
+            drained = asyncio.create_task(connection.drain())
+            assert len(await read(client, len(Flood.PATTERN))) == len(Flood.PATTERN)
+            await drained
+            assert connection.unsent == 0
+            connection.write(Flood.PATTERN)
+            waiting = asyncio.create_task(connection.drain())
+            await asyncio.sleep(0)
+            connection.abort()
+            await waiting
+        server.abort()
+
+    run(test)
+
+
+def test_out_of_descriptors_the_listener_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segue.cpr.aio.server._RETRY", 0.02)
+
+    async def test() -> None:
+        told: list[dict[str, Any]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        server = Server(Framed, listening())
+        server.start()
+        with socket.create_connection(server.listeners[0].getsockname()) as client:
+            client.setblocking(False)
+            client.sendall(b"\x01x")
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            # Not less than three, or poll() is refused too.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                await until(lambda: len(told) == 3)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert await read(client, 2) == b"\x01x"
+        server.abort()
+
+    run(test)
+
+
+def test_a_child_is_known_by_its_pidfd() -> None:
+    async def test() -> None:
+        child = Child.spawn(["sh", "-c", "read status; exit $status"], stdin=subprocess.PIPE)
+        assert child._popen is not None
+        stdin = child._popen.stdin
+        assert stdin is not None
+        # As after exec(): the same child, by another object.
+        received = moved(State(Children(child.suspend("child"))), Children)
+        again = Child.restore(received.get(Children).child)
+        assert again.pid == child.pid
+        waiting = [asyncio.create_task(again.wait()) for _ in range(3)]
+        stdin.write(b"7\n")
+        stdin.close()
+        assert [await task for task in waiting] == [7, 7, 7]
+        # Whoever else waits learns that it has ended, and reaps nobody else.
+        assert await child.wait() is None
+        for one in (child, again):
+            one.kill()
+
+    run(test)
+
+
+def wait_but_leave(child: Child) -> None:
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_child_that_ended_before_anybody_looked() -> None:
+    async def test() -> None:
+        child = Child.spawn(["sleep", "600"])
+        child.kill(signal.SIGTERM)
+        wait_but_leave(child)
+        received = moved(State(Children(child.suspend("child"))), Children)
+        again = Child.restore(received.get(Children).child)
+        assert await again.wait() == -signal.SIGTERM
+        assert await again.wait() == -signal.SIGTERM
+        assert await child.wait() is None
+
+    run(test)
+
+
+REUSE = """
+import asyncio, os, signal, subprocess
+from segue.cpr.aio import Child
+
+async def main():
+    child = Child.spawn(["true"])
+    os.waitpid(child.pid, 0)  # somebody else reaps it, and its pid is free
+    while True:
+        with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+            last.write(str(child.pid - 1))
+        other = subprocess.Popen(["sleep", "600"])
+        if other.pid == child.pid:
+            break
+        other.kill()
+        other.wait()
+    child.kill()
+    print(await child.wait(), other.poll(), flush=True)
+    other.kill()
+    other.wait()
+
+asyncio.run(main())
+"""
+
+
+def test_a_pid_that_was_given_to_somebody_else_is_left_alone() -> None:
+    # In a pid namespace of its own, where the next pid can be chosen.
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", REUSE], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("None None\n", "")
+
+
+def test_timers_go_on() -> None:
+    async def test() -> None:
+        fired: list[str] = []
+        both = asyncio.Event()
+
+        def fire(name: str) -> None:
+            fired.append(name)
+            if len(fired) == 2:
+                both.set()
+
+        timers = Timers({name: partial(fire, name) for name in ("soon", "late", "never")})
+        timers.set("soon", 0.01)
+        timers.set("late", 0.02)
+        timers.set("late", 0.03)
+        timers.set("never", 0.01)
+        timers.cancel("never")
+        saved = timers.suspend()
+        assert saved.keys() == {"soon", "late"}
+        newer = Timers({name: partial(fire, name) for name in ("soon", "late")})
+        newer.start(saved | {"gone": 0.0})
+        await both.wait()
+        assert fired == ["soon", "late"]
+        assert newer.suspend() == {}
+
+    run(test)
+
+
+def test_a_timer_that_was_due_meanwhile_fires_at_once_and_may_set_itself_again() -> None:
+    async def test() -> None:
+        done = asyncio.Event()
+        count = 0
+
+        def tick() -> None:
+            nonlocal count
+            count += 1
+            if count == 3:
+                done.set()
+            else:
+                timers.set("tick", 0)
+
+        timers = Timers({"tick": tick})
+        timers.start({"tick": -5.0})
+        await done.wait()
+        assert timers.suspend() == {}
+
+    run(test)
+
+
+CODE = "from tests.unit.test_cpr_aio import Children, resumed_with; resumed_with(Children)"
+
+
+def resumed_with(*kinds: type) -> None:
+    from segue.cpr import resumed
+
+    with resumed() as arrival:
+        assert arrival is not None
+        arrival.load(*kinds)
+
+
+def test_asking_makes_nobody_wait() -> None:
+    async def test() -> None:
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0.001)
+
+        other = asyncio.create_task(others())
+        child = Child.spawn(["sleep", "600"])
+        state = State(Children(child.suspend("child")))
+        await ask(state, [sys.executable, "-c", CODE])
+        assert turns > 5
+        with pytest.raises(Refused, match="counter is unknown"):
+            await ask(
+                State(Children(child.suspend("child")), Counter(1)), [sys.executable, "-c", CODE]
+            )
+        with pytest.raises(NoAnswer, match="does not answer"):
+            await ask(state, ["sleep", "600"], timeout=0.05)
+        other.cancel()
+        child.kill()
+        await child.wait()
+
+    run(test)
+
+
+@section("counter", version=1)
+@dataclass(frozen=True)
+class Counter:
+    count: int
