@@ -383,6 +383,7 @@ def test_out_of_descriptors_the_listener_waits(monkeypatch: pytest.MonkeyPatch) 
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             assert await read(client, 2) == b"\x01x"
+        assert {context["message"] for context in told} == {"server accepts nothing for 0.02 s"}
         server.abort()
 
     run(test)
