@@ -45,3 +45,20 @@ def test_what_a_qemu_does_not_have_is_told_in_the_table(segue: Segue, place: Pat
     assert done.stdout.startswith("QEMU 7.2.")
     assert "cpr-exec: refused: this machine cannot be moved to" in done.stdout
     assert "resident at rest" in done.stdout
+
+
+def test_qmp_round_trips_and_waits_are_measured(segue: Segue, place: Path) -> None:
+    segue.environment["TMPDIR"] = str(place)
+    pair = f"{qemu('7.2')}:{qemu('10.0')}"
+    done = segue(
+        *("bench", "qmp", "--qemu", pair, "--runs", "20", "--upgrades", "2", "--json"), limit=110
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["qemu_version"].startswith("7.2.")
+    assert (found["round_trips"], found["upgrades"], found["listeners"]) == (20, 2, 49)
+    assert found["alone_seconds"] < found["seconds"]["one"]
+    assert found["commands_through_upgrades"] > 2
+    assert found["longest_wait_seconds"] > found["seconds"]["one"]
+    assert list(place.iterdir()) == []
+    assert processes_with(f"TMPDIR={place}") == []

@@ -9,8 +9,9 @@ import pytest
 
 from segue.bench import Figures
 from segue.bench.cases import Case, Load
+from segue.bench.qmp import Figures as QmpFigures
 from segue.bench.runs import Outcome
-from segue.cli import bench_table, main
+from segue.cli import bench_qmp, bench_table, main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -72,3 +73,13 @@ def test_the_table_shows_medians_and_all_that_was_lost(capfd: Capture) -> None:
     assert "cpr-exec: refused: QEMU 10.0.2 does not have it" in told
     assert "migrate: 2 runs did not converge and went back: phase open took" in told
     assert "24 MiB resident at rest, 25 MiB after 3 upgrades" in told
+
+
+def test_the_table_of_qmp_shows_what_was_added(capfd: Capture) -> None:
+    found = QmpFigures(
+        version="11.1.3", alone=[0.0001], one=[0.0003], many=[0.0004], waited=[0.02], commands=9
+    )
+    bench_qmp.show(found.to_json())
+    text = capfd.readouterr().out
+    assert "beside 49 others  0.400 ms  0.300 ms" in text
+    assert "9 commands through 1 upgrade: one waited for longest 20.000 ms" in text

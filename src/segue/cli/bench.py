@@ -1,7 +1,7 @@
 """segue bench: what an upgrade costs, each way, measured side by side.
 
-What else can be measured is a command below it (`segue bench THING`), a module of this package
-with `declare(things)` as for any command, named in THINGS. It prints as this one does: figures on
+What else can be measured is a command below it (`segue bench THING`), named in THINGS, whose module
+is bench_THING.py with `declare(things)` as for any command. It prints as this one does: figures on
 stdout, progress on stderr.
 """
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from segue.bench import Case, Outcome, Subject
     from segue.cli.parser import Commands
 
-THINGS: tuple[str, ...] = ()
-"""Modules of this package, for the commands below `segue bench`."""
+THINGS: tuple[str, ...] = ("qmp",)
 
 _MODES = ("plain", "handover", "cpr-transfer", "cpr-exec", "migrate")
 _LOADS = ("idle", "dirty", "disk", "net")
@@ -79,7 +78,7 @@ def declare(commands: Commands) -> None:
         help="of the guest: 512M, 8G (default 512M)",
     )
     parser.add_argument(
-        "--runs", metavar="N", type=_count, default=_RUNS, help=f"of each (default {_RUNS})"
+        "--runs", metavar="N", type=count, default=_RUNS, help=f"of each (default {_RUNS})"
     )
     parser.add_argument(
         "--load",
@@ -105,7 +104,7 @@ def declare(commands: Commands) -> None:
             title="other things to measure", metavar="THING", dest="thing", prog="segue bench"
         )
         for name in THINGS:
-            import_module(f"segue.cli.{name}").declare(things)
+            import_module(f"segue.cli.bench_{name}").declare(things)
 
 
 def _modes(text: str) -> list[str]:
@@ -131,7 +130,7 @@ def _sizes(text: str) -> list[int]:
     return [int(size[1]) << (20 if size[2] == "M" else 30) for size in found if size]
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"{text!r} is not a number of runs above zero")
     return int(text)
@@ -169,7 +168,7 @@ def _subjects(arguments: Namespace, place: Path) -> list[Subject]:
     if arguments.machine:
         machine = machines.find(arguments.machine)
         now = Path(str(machine.report["binary"]))
-        pairs = [(now, new) for _, new in map(_pair, arguments.qemu)] or [(now, now)]
+        pairs = [(now, new) for _, new in map(pair, arguments.qemu)] or [(now, now)]
         ram = int(machine.report["ram_bytes"])
         modes = [mode for mode in arguments.modes if mode != bench.PLAIN]
         beat = Path(arguments.heartbeat) if arguments.heartbeat else None
@@ -181,12 +180,12 @@ def _subjects(arguments: Namespace, place: Path) -> list[Subject]:
     if bench.Load.NET in loads:
         bench.enter_namespace()
     os.environ["SEGUE_RUN_DIR"] = str(place / "run")
-    pairs = [_pair(text) for text in arguments.qemu] or [bench.usual_pair()]
+    pairs = [pair(text) for text in arguments.qemu] or [bench.usual_pair()]
     cases = bench.combine(arguments.modes, pairs, arguments.ram, loads)
     return [bench.subject(case, place, number) for number, case in enumerate(cases)]
 
 
-def _pair(text: str) -> tuple[Path, Path]:
+def pair(text: str) -> tuple[Path, Path]:
     from segue.bench import qemu
 
     old, _, new = text.partition(":")
