@@ -374,10 +374,6 @@ class Supervisor:
         server.observers += [
             kept.observe for kept in self.machine.kept if isinstance(kept, Lent | AddFd | Changes)
         ]
-        changes = self.machine.changes
-        changes.incumbent = lambda: (self.instance.monitor, self.instance.number)
-        changes.say = self._say
-        server.carried_out = changes.carries_out()
         stack.callback(server.close)
         return server
 

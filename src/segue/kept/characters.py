@@ -50,6 +50,8 @@ class CharactersRule:
                 continue
             elif reason := keeping.unsupported(chardev):
                 draft.block(said, reason, "use a unix socket, a pty or stdio")
+            elif chardev.backend in keeping.IN_MEMORY:
+                draft.note(said, "what it holds is lost with its QEMU: read it out before")
             elif chardev.mux and chardev.monitor == "readline" and chardev.frontend == "serial":
                 self._mux(draft, chardev)
             elif keeping.is_kept(chardev):

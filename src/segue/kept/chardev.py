@@ -16,10 +16,12 @@ from segue.kept.sockets import Client, Server
 from segue.kept.terminal import Pty, Stdio
 from segue.qemu.chardevs import Chardev
 
-# They hold nothing outside QEMU; a ringbuf's content is moved with the device state.
+# They hold nothing outside QEMU.
 UNCHANGED = frozenset(
     "null ringbuf memory vc console msmouse wctablet testdev qemu-vdagent hub mux".split()
 )
+# Their contents are QEMU's own, and in no saved state.
+IN_MEMORY = frozenset(("ringbuf", "memory"))
 _BROKERED = frozenset("socket pty stdio pipe udp".split())
 _SHARED = ("logfile", "logappend")
 

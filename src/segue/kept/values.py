@@ -20,6 +20,9 @@ from segue.qemu.options import Params
 # CPU models whose meaning depends on the host, the accelerator and the release.
 FLOATING_CPUS = ("host", "max", "base")
 
+# Some releases have these and others not, or with another default.
+_SWITCHES = frozenset(("full-cpuid-auto-level", "legacy-multi-node", "pmu"))
+
 
 @dataclass
 class Values:
@@ -34,6 +37,15 @@ class Values:
         self.machine_type = name.removesuffix("-machine")
         if self.cpu_model is not None:
             self.cpu = await expand_cpu(monitor, self.cpu_model)
+            await self._correct(monitor)
+
+    async def _correct(self, monitor: Monitor) -> None:
+        """An expansion has what the user asked for, also where the accelerator cannot give it."""
+        asked = [n for n, v in wishes(self.cpu_model or "").items() if v is True and n in self.cpu]
+        if asked:
+            path = (await monitor.execute("query-cpus-fast"))[0]["qom-path"]
+            for name in asked:
+                self.cpu[name] = await monitor.execute("qom-get", {"path": path, "property": name})
 
     def to_json(self) -> dict[str, Any]:
         return {"machine_type": self.machine_type, "cpu": self.cpu}
@@ -50,13 +62,19 @@ class Values:
         settings = {n: v for n, v in self.cpu.items() if n in target}
         settings |= {n: False for n, v in target.items() if v is True and n not in self.cpu}
         changed = {n: v for n, v in settings.items() if target[n] != v}
-        words = [f"{name}={_text(value)}" for name, value in sorted(changed.items())]
-        name = (self.cpu_model or "").partition(",")[0]
-        return ",".join([name, *words])
+        model = self.cpu_model or ""
+        words = [f"{name}={_text(value)}" for name, value in (wishes(model) | changed).items()]
+        return ",".join([model.partition(",")[0], *words])
 
     def cpu_lacks(self, target: dict[str, Any]) -> list[str]:
-        """Features that the guest was shown and the target does not know."""
-        return sorted(n for n, v in self.cpu.items() if v is True and n not in target)
+        """Features that the guest was shown, and that the target does not know or cannot give."""
+        shown = (n for n, v in self.cpu.items() if v is True and not _is_switch(n))
+        return sorted(n for n in shown if "_" not in n and target.get(n, False) is False)
+
+
+def _is_switch(name: str) -> bool:
+    """Whether a CPU property says how CPUID is made up, and is not itself something in it."""
+    return name.startswith("x-") or name in _SWITCHES
 
 
 async def expand_cpu(monitor: Monitor, model: str) -> dict[str, Any]:
@@ -64,14 +82,8 @@ async def expand_cpu(monitor: Monitor, model: str) -> dict[str, Any]:
 
     query-cpu-model-expansion, QEMU 2.8; aarch64 answers with few properties and for few models.
     """
-    name, _, rest = model.partition(",")
-    given: dict[str, Any] = {"name": name}
-    props: dict[str, Any] = {}
-    for key, value in Params.parse(rest).items() if rest else ():
-        if key[0] in "+-":
-            props[key[1:]] = key[0] == "+"
-        else:
-            props[key] = {"on": True, "off": False}.get(value, value)
+    given: dict[str, Any] = {"name": model.partition(",")[0]}
+    props = wishes(model)
     if props:
         given["props"] = props
     try:
@@ -82,6 +94,19 @@ async def expand_cpu(monitor: Monitor, model: str) -> dict[str, Any]:
         return {}
     expanded: dict[str, Any] = answer["model"].get("props", {})
     return expanded
+
+
+def wishes(model: str) -> dict[str, Any]:
+    """The properties that a `-cpu` sets: `x=on`, `+x` and `-x`, of which the last two win."""
+    props: dict[str, Any] = {}
+    signed: dict[str, Any] = {}
+    rest = model.partition(",")[2]
+    for key, value in Params.parse(rest).items() if rest else ():
+        if key[0] in "+-":
+            signed[key[1:]] = key[0] == "+"
+        else:
+            props[key] = {"on": True, "off": False}.get(value, value)
+    return props | signed
 
 
 def _text(value: Any) -> str:

@@ -556,7 +556,7 @@ class Handover:
         self.surroundings.served(self.incumbent, ())
         stop = self._stop()
         resume = next((e for e in reversed(self._events) if e["event"] == "RESUME"), None)
-        if stop and resume:
+        if stop and resume and _seconds(resume) > _seconds(stop):
             self.receipt.blackout_seconds = _seconds(resume) - _seconds(stop)
         self.surroundings.journal.write("done", self.incumbent, None)
         self.phase = PREPARE

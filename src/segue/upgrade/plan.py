@@ -66,7 +66,7 @@ async def make(
             Blocker(
                 f"CPU feature {name}",
                 f"the guest was shown it, and QEMU {target.version_text} does not have it",
-                "start the machine with a named CPU model",
+                f"start the machine with -cpu {machine.values.cpu_model},{name}=off",
             )
             for name in machine.values.cpu_lacks(cpu)
         ]
@@ -74,7 +74,7 @@ async def make(
         target,
         target.build_id == running.build_id and not outdated,
         tuple(blockers),
-        (*machine.draft.notes, *machine.changes.notes),
+        tuple(machine.draft.notes),
         cpu,
         mode,
         why,
