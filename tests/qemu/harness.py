@@ -200,6 +200,7 @@ class Segue:
         stderr: Any = None,
         wait: bool = True,
         preexec: Callable[[], None] | None = None,
+        close_fds: bool = True,
     ) -> Machine:
         """`segue run` in the foreground, with `options`; returns once its QEMU runs."""
         process = subprocess.Popen(
@@ -210,6 +211,7 @@ class Segue:
             stderr=stderr,
             start_new_session=True,
             preexec_fn=preexec,
+            close_fds=close_fds,
         )
         machine = Machine(self, name, process)
         self.machines.append(machine)

@@ -16,7 +16,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+from segue.kept import tun
+
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h; Python has no name for it
+_ALL_PROTOCOLS = 3  # ETH_P_ALL
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,11 +64,14 @@ class Namespace:
 class Ping:
     """An echo request every `pace` seconds, each numbered, from a thread of its own."""
 
-    def __init__(self, namespace: Namespace, to: str = GUEST, pace: float = 0.002) -> None:
+    def __init__(
+        self, namespace: Namespace, to: str = GUEST, pace: float = 0.002, size: int = 40
+    ) -> None:
         with namespace.inside():
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        self._to, self._pace = to, pace
+        # What is not read at once must not look as if it were lost.
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
+        self._to, self._pace, self._size = to, pace, size
         self.sent: dict[int, float] = {}
         self.answers: dict[int, list[float]] = {}
         self._ending = False
@@ -75,7 +83,7 @@ class Ping:
     def _send(self) -> None:
         due, number = time.monotonic(), 0
         while not self._ending:
-            body = struct.pack("!BBHHHI", 8, 0, 0, 77, number & 0xFFFF, number) + bytes(40)
+            body = struct.pack("!BBHHHI", 8, 0, 0, 77, number & 0xFFFF, number) + bytes(self._size)
             body = body[:2] + struct.pack("!H", _checksum(body)) + body[4:]
             self.sent[number] = time.monotonic()
             with contextlib.suppress(BlockingIOError):
@@ -88,7 +96,7 @@ class Ping:
         self._socket.settimeout(0.1)
         while True:
             try:
-                packet = self._socket.recv(2048)
+                packet = self._socket.recv(1 << 16)
             except TimeoutError:
                 if self._ending:
                     return
@@ -135,6 +143,82 @@ def _checksum(data: bytes) -> int:
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
     return ~(total + (total >> 16)) & 0xFFFF
+
+
+class Capture:
+    """All frames of an interface, both ways, from now on."""
+
+    def __init__(self, namespace: Namespace, interface: str) -> None:
+        with namespace.inside():
+            self._socket = socket.socket(
+                socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL_PROTOCOLS)
+            )
+            self._socket.bind((interface, 0))
+        self.frames: list[bytes] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        self._socket.settimeout(0.1)
+        with contextlib.suppress(OSError):
+            while self._socket.fileno() >= 0:
+                with contextlib.suppress(TimeoutError):
+                    self.frames.append(self._socket.recv(1 << 17))
+
+    def end(self) -> None:
+        self._socket.close()
+        self._thread.join(10)
+
+
+class Cable:
+    """A tap in the namespace, whose frames go to and come from a socket: a peer of `-netdev`s.
+
+    With `to` each is a datagram that is sent there; on a stream socket it has its length before it.
+    """
+
+    def __init__(self, namespace: Namespace, sock: socket.socket, to: Any = None) -> None:
+        with namespace.inside():
+            self._tap, name = tun.open_queue("cable%d", tun.IFF_TAP | tun.IFF_NO_PI)
+            subprocess.run(["ip", "address", "add", f"{HOST}/24", "dev", name], check=True)
+            subprocess.run(["ip", "link", "set", name, "up"], check=True)
+        os.set_blocking(self._tap, True)
+        sock.settimeout(None)
+        self.socket = sock
+        self._to = to
+        self._streams = sock.type == socket.SOCK_STREAM
+        self._ending = False
+        for work in (self._out, self._back):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _out(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self._ending:
+                frame = os.read(self._tap, 1 << 17)
+                if self._streams:
+                    self.socket.sendall(len(frame).to_bytes(4, "big") + frame)
+                elif self._to is not None:
+                    self.socket.sendto(frame, self._to)
+                else:
+                    self.socket.send(frame)
+
+    def _back(self) -> None:
+        with contextlib.suppress(OSError, struct.error):
+            while not self._ending:
+                if self._streams:
+                    head = self.socket.recv(4, socket.MSG_WAITALL)
+                    size: int = struct.unpack("!I", head)[0]
+                    frame = self.socket.recv(size, socket.MSG_WAITALL)
+                else:
+                    frame = self.socket.recv(1 << 17)
+                if frame:
+                    os.write(self._tap, frame)
+
+    def close(self) -> None:
+        self._ending = True
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        os.close(self._tap)
 
 
 class Stream:

@@ -6,21 +6,26 @@ Everything happens in a network namespace of the test's own, on documentation ad
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.qemu.harness import Client, Machine, Segue, cache, qemu, wait_until
-from tests.qemu.netns import GUEST, HOST, Namespace, Ping, Stream
+from segue.kept import tun
+from tests.qemu.conftest import tiny
+from tests.qemu.harness import Client, Machine, Segue, alive, cache, qemu, wait_until
+from tests.qemu.netns import GUEST, HOST, Capture, Namespace, Ping, Stream
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace takes root")
 
 ECHO = 5000
+RARP = b"\x80\x35"
 
 
 @pytest.fixture
@@ -64,6 +69,12 @@ class Guest:
         self.shell.expect(rb"# ")
 
     def inbound(self) -> Stream:
+        return Stream(self.inbound_socket())
+
+    def outbound(self, host: str = HOST) -> Stream:
+        return Stream(self.outbound_socket(host))
+
+    def inbound_socket(self) -> socket.socket:
         """A connection to a port of the guest that sends everything back."""
         self.shell.command(f"(nc -l -p {ECHO} -e cat &)")
 
@@ -74,9 +85,9 @@ class Guest:
 
         connection: socket.socket = wait_until("a connection to the guest", connected)
         connection.settimeout(60)
-        return Stream(connection)
+        return connection
 
-    def outbound(self, host: str = HOST) -> Stream:
+    def outbound_socket(self, host: str = HOST) -> socket.socket:
         """A connection that the guest makes, and over which it sends everything back."""
         with self.namespace.inside():
             listener = socket.create_server((host, 0))
@@ -85,7 +96,7 @@ class Guest:
             self.shell.command(f"(nc {host} {listener.getsockname()[1]} -e cat &)")
             connection, _ = listener.accept()
         connection.settimeout(60)
-        return Stream(connection)
+        return connection
 
 
 def unharmed(ping: Ping) -> None:
@@ -106,6 +117,7 @@ def test_tap_through_every_release(segue: Segue, place: Path, namespace: Namespa
     )
     ping, streams = Ping(namespace), [guest.inbound(), guest.outbound()]
     ping.wait()
+    capture = Capture(namespace, "t0")
     with namespace.inside():
         identity = {"interface": "t0", "queues": 2, "ifindex": socket.if_nametoindex("t0")}
     for release in ("10.0", "11.1", "10.0", "7.2"):
@@ -119,6 +131,9 @@ def test_tap_through_every_release(segue: Segue, place: Path, namespace: Namespa
     ping.wait()
     ping.end()
     unharmed(ping)
+    capture.end()
+    assert len(capture.frames) > 1000
+    assert not [frame for frame in capture.frames if frame[12:14] == RARP], "QEMU's own packet"
 
     seen = len(guest.shell.data)
     guest.shell.send(b"reboot -f\n")
@@ -164,6 +179,156 @@ def test_an_undone_upgrade_leaves_the_tap_as_it_was(
     stream.end()
     ping.wait()
     ping.end()
+    unharmed(ping)
+
+
+def test_jumbo_frames_and_segments_that_the_network_card_is_to_cut(
+    segue: Segue, place: Path, namespace: Namespace
+) -> None:
+    """Frames of 9000 bytes, and TCP in pieces of up to 64 KiB by offloads, over a bridge."""
+    namespace.run("ip", "link", "add", "br0", "type", "bridge")
+    namespace.run("ip", "address", "add", f"{HOST}/24", "dev", "br0")
+    namespace.run("ip", "link", "set", "br0", "up")
+    up = place / "up"
+    up.write_text("#!/bin/sh\nip link set $1 mtu 9000 master br0 up && ip link set br0 mtu 9000\n")
+    up.chmod(0o755)
+    tap = f"tap,id=n0,ifname=t0,script={up},downscript=no,sndbuf=4M"
+    card = "virtio-net-pci,netdev=n0,host_mtu=9000"
+    guest = Guest(segue, place, namespace, linux(place, "-netdev", tap, "-device", card))
+    guest.shell.command("ip link set eth0 mtu 9000")
+    # Not more than an emulated guest can take on a busy host: its ring has few such frames.
+    ping = Ping(namespace, pace=0.01, size=8000)
+    streams = [
+        Stream(guest.inbound_socket(), pace=0.02, chunk=1 << 16),
+        Stream(guest.outbound_socket(), pace=0.02, chunk=1 << 16),
+    ]
+    ping.wait()
+    capture = Capture(namespace, "t0")
+    for release in ("10.0", "11.1"):
+        guest.machine.handed_over("--to", qemu(release))
+        for stream in streams:
+            stream.wait(1 << 20)
+    for stream in streams:
+        stream.end()
+    ping.wait()
+    ping.end()
+    capture.end()
+    unharmed(ping)
+    assert max(map(len, capture.frames)) > 9014, "no segment was left to the card to cut"
+
+
+HELPER = """#!/usr/bin/python3
+import fcntl, os, socket, struct, subprocess, sys
+words = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
+tap = os.open("/dev/net/tun", os.O_RDWR)
+request = struct.pack("16sH22x", b"h0", 0x0002 | 0x1000 | 0x4000)
+fcntl.ioctl(tap, 0x400454CA, request)
+subprocess.run(["ip", "link", "set", "h0", "master", words["br"], "up"], check=True)
+socket.send_fds(socket.socket(fileno=int(words["fd"])), [b"x"], [tap])
+"""
+
+
+def test_a_bridge_by_way_of_a_helper(segue: Segue, place: Path, namespace: Namespace) -> None:
+    namespace.run("ip", "link", "add", "br7", "type", "bridge")
+    namespace.run("ip", "address", "add", f"{HOST}/24", "dev", "br7")
+    namespace.run("ip", "link", "set", "br7", "up")
+    helper = place / "helper"
+    helper.write_text(HELPER)
+    helper.chmod(0o755)
+    network = ("-nic", f"bridge,br=br7,helper={helper},model=virtio-net-pci")
+    guest = Guest(segue, place, namespace, linux(place, *network))
+    ping = Ping(namespace)
+    ping.wait()
+    for release in ("10.0", "7.2"):
+        receipt = guest.machine.handed_over("--to", qemu(release))
+        assert kept(receipt, "tap")["identity"]["interface"] == "h0"
+        assert kept(receipt, "tap")["held"]
+    ping.wait()
+    ping.end()
+    unharmed(ping)
+
+
+SPELLINGS = {
+    "-nic tap,ifname=t0,script=no,downscript=no,model=virtio-net-pci": 1,
+    "-net nic,model=e1000 -net tap,ifname=t0,script=no,downscript=no": 1,
+    "-netdev tap,id=n0,ifname=t0,script=,downscript=,vnet_hdr=off -device rtl8139,netdev=n0": 1,
+    "-netdev tap,id=n0,fd={0} -device virtio-net,netdev=n0": 1,
+    "-netdev tap,id=n0,fds={0}:{1},vhost=off -device virtio-net,netdev=n0,mq=on": 2,
+    "-nic tap,fd={0},sndbuf=0 -nic none": 1,
+    '-netdev {{"type":"tap","id":"n0","fds":"{0}:{1}"}} -device virtio-net,netdev=n0,mq=on': 2,
+}
+
+
+@pytest.mark.parametrize("words", SPELLINGS)
+def test_every_spelling(segue: Segue, place: Path, namespace: Namespace, words: str) -> None:
+    flags = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR | tun.IFF_MULTI_QUEUE
+    given = []
+    with namespace.inside():
+        if "fd" in words:
+            given = [tun.open_queue("t0", flags)[0] for _ in range(2)]
+        for fd in given:
+            os.set_inheritable(fd, True)
+        machine = segue.start(
+            "tap", tiny(place, "7.2", *words.format(*given).split()), close_fds=False
+        )
+    for fd in given:
+        os.close(fd)
+    for release in ("10.0", "11.1"):
+        receipt = machine.handed_over("--to", qemu(release))
+        assert kept(receipt, "tap")["held"]
+        identity = kept(receipt, "tap")["identity"]
+        assert (identity["interface"], identity["queues"]) == ("t0", SPELLINGS[words])
+
+
+def test_without_a_supervisor_the_guard_is_told_to_be_unanswered(
+    segue: Segue, place: Path, namespace: Namespace
+) -> None:
+    with namespace.inside():
+        machine = segue.start(
+            "tap", tiny(place, "7.2", "-nic", "tap,ifname=t0,script=no,downscript=no")
+        )
+    assert "unanswered" not in segue("ls").stdout
+    pid = machine.qemu_pid
+    assert machine.process is not None
+    machine.process.kill()
+    machine.process.wait()
+    assert "orphaned, guard unanswered" in segue("ls").stdout
+    [entry] = json.loads(segue("ls", "--json").stdout)
+    assert entry["guard_unanswered"]
+    # QEMU holds the guard's listener itself: whoever takes over can have it.
+    held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    assert "anon_inode:seccomp notify" in held
+    os.kill(pid, signal.SIGKILL)
+    wait_until("the end of QEMU", lambda: not alive(pid))
+    # Of the same name: what the dead one left is cleared away.
+    again = segue.start("tap", tiny(place, "7.2"), wait=False)
+    status = again.directory / "status.json"
+    wait_until("the next machine", lambda: status.exists() and again.qemu_pid != pid)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_hundred_upgrades(segue: Segue, place: Path, namespace: Namespace) -> None:
+    tap = f"tap,id=n0,ifname=t0,{scripts(place)}"
+    network = ("-netdev", tap, "-device", "virtio-net-pci,netdev=n0")
+    guest = Guest(segue, place, namespace, linux(place, *network))
+    ping, streams = Ping(namespace), [guest.inbound(), guest.outbound()]
+    ping.wait()
+    blackouts = []
+    for number in range(100):
+        receipt = guest.machine.handed_over("--to", qemu(("10.0", "11.1", "7.2")[number % 3]))
+        blackouts.append(receipt["blackout_seconds"])
+        for stream in streams:
+            stream.wait()
+    for stream in streams:
+        stream.end()
+    ping.wait()
+    ping.end()
+    sys.stdout.write(
+        f"{len(ping.sent)} pings, {len(ping.lost)} lost, {len(ping.doubled)} doubled, slowest "
+        f"{ping.slowest * 1000:.1f} ms; {sum(s.sent for s in streams)} bytes; blackouts "
+        f"{min(blackouts) * 1000:.1f} to {max(blackouts) * 1000:.1f} ms"
+    )
     unharmed(ping)
 
 

@@ -51,7 +51,7 @@ def command(segue: Segue) -> Segue:
 class UserGuest(Guest):
     address = ADDRESS
 
-    def inbound(self) -> Stream:
+    def inbound_socket(self) -> socket.socket:
         """By the forwarded port; passt takes a connection before it knows that the guest does."""
         self.shell.command(f"(nc -l -p {ECHO} -e cat &)")
 
@@ -68,9 +68,12 @@ class UserGuest(Guest):
             return None
 
         connection: socket.socket = wait_until("a connection to the guest", connected)
-        return Stream(connection)
+        return connection
 
     def outbound(self, host: str = "127.0.0.1") -> Stream:
+        return super().outbound(host)
+
+    def outbound_socket(self, host: str = "127.0.0.1") -> socket.socket:
         with self.namespace.inside():
             listener = socket.create_server((host, 0))
         with listener:
@@ -78,7 +81,7 @@ class UserGuest(Guest):
             self.shell.command(f"(nc {GATEWAY} {listener.getsockname()[1]} -e cat &)")
             connection, _ = listener.accept()
         connection.settimeout(60)
-        return Stream(connection)
+        return connection
 
 
 def guest(command: Segue, place: Path, namespace: Namespace, *network: str) -> UserGuest:

@@ -52,6 +52,7 @@ def summary(machine: machines.MachineStatus) -> dict[str, Any]:
         "machine_type": report.get("machine_type"),
         "qemu_pid": report.get("qemu_pid") if alive else None,
         "supervisor_pid": machine.supervisor_pid if machine.running else None,
+        "guard_unanswered": machine.state == "orphaned" and _is_guarded(report),
         "ram_bytes": report.get("ram_bytes"),
         "since": report.get("since"),
         "upgrades": report.get("upgrades", 0),
@@ -60,6 +61,11 @@ def summary(machine: machines.MachineStatus) -> dict[str, Any]:
         "binary": report.get("binary"),
         "run_directory": os.fspath(machine.directory.path),
     }
+
+
+def _is_guarded(report: Mapping[str, Any]) -> bool:
+    """Whether QEMU waits for a supervisor's answer when its guest sets up a network card."""
+    return any(kept["kind"] == "tap" for kept in report.get("kept", ()))
 
 
 def outdated_why(report: Mapping[str, Any]) -> str | None:
@@ -76,7 +82,7 @@ def outdated_why(report: Mapping[str, Any]) -> str | None:
 def _row(machine: Mapping[str, Any]) -> list[object]:
     return [
         machine["name"],
-        machine["state"],
+        machine["state"] + ", guard unanswered" * machine["guard_unanswered"],
         output.version(machine["qemu_version"]),
         machine["machine_type"] or "-",
         machine["qemu_pid"] or "-",

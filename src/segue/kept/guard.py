@@ -22,7 +22,7 @@ import contextlib
 import os
 import select
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +77,7 @@ class Guard:
         self._requests: set[int] = set()
         self._watchers: dict[int, Watcher] = {}
         self._wanted: dict[int, int] = {}
+        self._done: Callable[[], None] = lambda: None
         self._bell: socket.socket | None = None
         self._their_bell: socket.socket | None = None
         self._channel: tuple[socket.socket, socket.socket] | None = None
@@ -171,13 +172,7 @@ class Guard:
         Returns once it is so. Raises SegueError if the instance does not come round in time; it
         is done then as soon as it does.
         """
-        if self.listener < 0 or self._bell is None or not lendings:
-            return
-        self._wanted |= lendings
-        try:
-            self._bell.send(b"\n", socket.MSG_DONTWAIT)
-        except OSError as error:
-            raise SegueError(f"QEMU's guard cannot be reached: {error.strerror}") from None
+        self.lend_soon(lendings, lambda: None)
         poll = select.poll()
         poll.register(self.listener, select.POLLIN)
         while self._wanted:
@@ -185,6 +180,18 @@ class Guard:
             if not ready or not ready[0][1] & select.POLLIN:
                 raise SegueError("QEMU did not take the descriptors that it was lent")
             self._readable()
+
+    def lend_soon(self, lendings: dict[int, int], done: Callable[[], None]) -> None:
+        """As `lend`, without waiting: `done` is called when it is so. Raises SegueError."""
+        if self.listener < 0 or self._bell is None or not lendings:
+            done()
+            return
+        self._wanted |= lendings
+        self._done = done
+        try:
+            self._bell.send(b"\n", socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise SegueError(f"QEMU's guard cannot be reached: {error.strerror}") from None
 
     def close(self) -> None:
         """The instance is dead, or was never started."""
@@ -245,3 +252,5 @@ class Guard:
             return  # called off by a signal: it will ring again; or dead
         self._wanted = {}
         notification.go_on()
+        done, self._done = self._done, lambda: None
+        done()

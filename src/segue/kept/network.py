@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from segue.kept import seccomp
+from segue.kept import cards, seccomp
 from segue.kept.draft import Draft
 from segue.kept.tap import VHOST_NET, Tap
 from segue.qemu.commandline import Option
@@ -12,16 +12,22 @@ from segue.qemu.commandline import Option
 # User networks were dealt with (user.py).
 _HARMLESS = ("none", "nic", "hubport", "user", None)
 
+_WIRES = ("stream", "dgram", "socket")
+
 _UNKNOWN = "Segue does not know this kind of network"
-_INSTEAD = "use -netdev tap, bridge or user"
+_INSTEAD = "use -netdev tap, bridge, user, stream or dgram"
 
 
 class NetworkRule:
     def apply(self, draft: Draft) -> None:
+        if any(option.params.get("type") in _WIRES for option in draft.options("nic")):
+            cards.split(draft)
         for option in draft.options("netdev", "nic", "net"):
             kind = option.params.get("type")
             if kind in ("tap", "bridge"):
                 self._tap(draft, option)
+            elif kind in _WIRES:
+                _keep_wire(draft, option)
             elif kind not in _HARMLESS:
                 why, remedy = _UNKEPT.get(kind or "", (_UNKNOWN, _INSTEAD))
                 draft.block(f"-{option.name} {option.value}", why, remedy)
@@ -49,6 +55,19 @@ class NetworkRule:
         draft.replace(option, kept)
 
 
+def _keep_wire(draft: Draft, option: Option) -> None:
+    # Only where they are needed: each module is paid for in the memory of every supervisor.
+    from segue.kept.plug import is_stream, plug_of
+    from segue.kept.wire import Wire
+
+    name = cards.name_of(draft, option)
+    fd = option.params.get("fd")
+    streams = draft.decide(f"fd of {name}", lambda: fd is None or is_stream(fd), otherwise=True)
+    kept = Wire(name, plug_of(name, option.params, streams), cards.plugged_in(option, name))
+    draft.kept.append(kept)
+    draft.replace(option, kept)
+
+
 # type -> (why, remedy)
 _PROCESS = "its back end shares the guest's memory and rings with one process"
 _UNKEPT = {
@@ -58,8 +77,5 @@ _UNKEPT = {
     "l2tpv3": ("its counters and session live inside QEMU", "end the tunnel on the host"),
     "af-xdp": ("its sockets and rings belong to one process", "use -netdev tap"),
     "netmap": ("its rings belong to one process", "use -netdev tap"),
-    "socket": ("its connection lives inside QEMU", _INSTEAD),
-    "stream": ("its connection lives inside QEMU", _INSTEAD),
-    "dgram": ("its connection lives inside QEMU", _INSTEAD),
     "passt": ("its passt belongs to one process", "use -netdev user"),
 }

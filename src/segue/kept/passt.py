@@ -241,9 +241,7 @@ class Passt(Kept):
             # So that it does not end with a supervisor that is killed.
             lending.inherit(self._far.fileno())
             self._far_is_lent = True
-        fd = self._relay.lend(lending)
-        address = f"addr.type=fd,addr.str={fd}"
-        return ["-netdev", f"stream,id={self.name},server=off,{address}", *self._more]
+        return [*self._relay.arguments(self.name, lending), *self._more]
 
     def hold(self) -> None:
         self._relay.hold()

@@ -107,6 +107,11 @@ class Relay:
             self._from_guest.clear()
         self._pump()
 
+    def arguments(self, name: str, lending: Lending) -> list[str]:
+        """A network of that name for an instance."""
+        address = f"addr.type=fd,addr.str={self.lend(lending)}"
+        return ["-netdev", f"stream,id={name},server=off,{address}"]
+
     def lend(self, lending: Lending) -> int:
         """A socket for an instance, by its number there; it holds both ends."""
         pair = Pair.make(None)

@@ -7,9 +7,12 @@ sockets that never become readable, and its ioctls on them are answered by the g
     prepare   the successor has stand-ins; what it sets is remembered, and not done
     hold      the incumbent is given stand-ins too: what arrives waits in the queues from now on,
               and what the guest still sends is passed on by us
-    commit    what the successor wants is set on the interface, and the queues are put in the
-              places of its stand-ins; then `cont`
+    commit    what the successor wants is set on the interface; then `cont`
+    switch    the queues are put in the places of the successor's stand-ins, and what its guest has
+              sent meanwhile is passed on, but for QEMU's announcement
     undo      what the incumbent had set is set again, and it gets its queues back
+
+The kernel's vhost-net is told of the queues in `cont`, so there they are lent just before it.
 
 Why not at STOP: QEMU pauses its vCPUs before it says so, and throws away a packet that it reads
 meanwhile (do_vm_stop, net_vm_change_state_handler); one packet was lost in a third of handovers.
@@ -37,6 +40,7 @@ from segue.kept.base import Kept, Lending
 from segue.kept.guard import Call, Guard
 from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
+from segue.qemu.monitor import Monitor
 
 VHOST_NET = Path("/dev/vhost-net")
 
@@ -53,6 +57,11 @@ _VHOST_FDS = ("vhostfd", "vhostfds")
 # The longest that a guest can send: 64 KiB of payload, and headers.
 _FRAME = 1 << 17
 
+# EtherType of the reverse ARP packet by which QEMU announces a guest (net/announce.c).
+_RARP = b"\x80\x35"
+# Seconds for an instance that runs the guest to take the queues.
+_LENT_LIMIT = 10.0
+
 # (queue, request) -> value, in the order in which they were set last.
 Settings = dict[tuple[int, int], int]
 
@@ -64,6 +73,7 @@ class Place:
     number: int
     ours: socket.socket | None = None
     theirs: socket.socket | None = None
+    _spared: Callable[[bytes], bool] = lambda frame: False
 
     def stand_in(self) -> int:
         """A new descriptor for the instance, from which nothing can be read."""
@@ -82,9 +92,10 @@ class Place:
             with contextlib.suppress(BlockingIOError):
                 self.ours.send(b"\0")
 
-    def relay(self, queue: int) -> None:
+    def relay(self, queue: int, spared: Callable[[bytes], bool] = lambda frame: False) -> None:
         """Pass on what the instance sends to the stand-in, until `end_relay`."""
         assert self.ours is not None
+        self._spared = spared
         loop = asyncio.get_running_loop()
         loop.add_reader(self.ours.fileno(), self._pass_on, queue)
 
@@ -100,6 +111,8 @@ class Place:
         with contextlib.suppress(OSError):
             while _is_writable(queue):
                 frame = self.ours.recv(_FRAME)
+                if self._spared(frame):
+                    continue
                 with contextlib.suppress(OSError):
                     os.write(queue, frame)
 
@@ -118,6 +131,7 @@ class Borrower:
     places: list[Place]
     settings: Settings = field(default_factory=dict)
     off: bool = False
+    lent: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Tap(Kept):
@@ -139,6 +153,9 @@ class Tap(Kept):
         self._live = 1
         self._was_live = 1
         self._down: Callable[[], None] | None = None
+        self._has_vhost = any(
+            params.get(key) not in (None, "off") for key in ("vhost", "vhostforce", *_VHOST_FDS)
+        )
 
     async def start(self) -> None:
         try:
@@ -363,7 +380,10 @@ class Tap(Kept):
         self._before = dict(self._in_force)
         self._was_live, self._live = self._live, number
         self._set(successor.settings)
-        self._lend_queues(successor)
+        if self._has_vhost:
+            self._lend_queues(successor)
+        else:
+            successor.off = True
 
     def restore(self) -> None:
         if self._before is not None:
@@ -383,8 +403,40 @@ class Tap(Kept):
             place.end_relay(queue)
 
     def switch(self, number: int) -> None:
+        """The guest runs: what arrives waits in the queues, what it sends we pass on."""
         self._live = number
         self._before = None
+        borrower = self._borrowers[number]
+        if not borrower.off or borrower.places[0].ours is None:
+            return
+        for place, queue in zip(borrower.places, self.queues, strict=True):
+            place.relay(queue, self._is_announcement)
+        with contextlib.suppress(SegueError):  # QEMU is dead
+            borrower.guard.lend_soon(self._places(borrower), lambda: self._has_queues(borrower))
+
+    async def settle(self, monitor: Monitor) -> None:
+        borrower = self._borrowers[self._live]
+        if not borrower.off:
+            return
+        try:
+            async with asyncio.timeout(_LENT_LIMIT):
+                await borrower.lent.wait()
+        except TimeoutError:
+            raise SegueError("QEMU has not taken the interface's queues yet") from None
+
+    def _has_queues(self, borrower: Borrower) -> None:
+        borrower.off = False
+        borrower.lent.set()
+        self._end_relay(borrower)
+        for place in borrower.places:
+            place.wake()
+
+    def _is_announcement(self, frame: bytes) -> bool:
+        """QEMU's own packet after a migration, for switches: the guest is where it was."""
+        header = 0
+        if tun.interface(self.queues[0])[1] & tun.IFF_VNET_HDR:
+            header = tun.get_int(self.queues[0], tun.TUNGETVNETHDRSZ)
+        return frame[header + 12 : header + 14] == _RARP
 
     def drop(self, number: int) -> None:
         borrower = self._borrowers.pop(number, None)
@@ -394,11 +446,15 @@ class Tap(Kept):
                 place.close()
 
     def _lend_queues(self, borrower: Borrower) -> None:
-        numbers = [place.number for place in borrower.places]
-        borrower.guard.lend(dict(zip(numbers, self.queues, strict=True)))
+        borrower.guard.lend(self._places(borrower))
         borrower.off = False
+        borrower.lent.set()
         for place in borrower.places:
             place.wake()
+
+    def _places(self, borrower: Borrower) -> dict[int, int]:
+        numbers = [place.number for place in borrower.places]
+        return dict(zip(numbers, self.queues, strict=True))
 
     def _set(self, settings: Settings) -> None:
         """Bring the interface to these settings; what it refuses, it had refused before."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from segue.errors import SegueError
-from segue.kept import usernet
+from segue.kept import cards, usernet
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
-from segue.qemu.options import Params
 
 if TYPE_CHECKING:
     from segue.kept.passt import Found
@@ -81,7 +80,7 @@ class UserRule:
                 draft.note(said, f"{_DROPS} ({plan['why']})")
         if any("why" not in p and o.name == "nic" for o, p in zip(users, plans, strict=True)):
             draft.add(*default)
-            _split_cards(draft)
+            cards.split(draft)
         for option, plan in zip(_users(draft), plans, strict=not default):
             if "why" not in plan:
                 _give_to_passt(draft, option, plan)
@@ -121,30 +120,10 @@ def _default_card(draft: Draft) -> list[Option]:
     return [Option.of("nic", "user")] if machine.startswith(_HAVE_DEFAULT_CARD) else []
 
 
-def _split_cards(draft: Draft) -> None:
-    """Each `-nic` in two, since it does not know `stream`: all of them, for the cards' order."""
-    for number, option in enumerate(draft.options("nic")):
-        params = option.params
-        if params.get("type") == "none":
-            continue
-        name = option.id or f"segue-nic{number}"
-        card = [("type", "nic"), ("netdev", name)]
-        for theirs, ours in (("model", "model"), ("mac", "macaddr")):
-            value = params.get(theirs)
-            if value is not None:
-                card.append((ours, value))
-        host = params.without("model", "mac").set("id", name)
-        draft.replace(option, Option.of("netdev", host), Option.of("net", Params.of(card, "type")))
-
-
 def _give_to_passt(draft: Draft, option: Option, plan: dict[str, Any]) -> None:
     from segue.kept.passt import Passt
 
-    name = option.id or option.params.get("name") or f"segue-{option.name}{len(draft.kept)}"
-    more: tuple[str, ...] = ()
-    if option.name == "net":
-        # Cards of `-net nic` are plugged into hub 0.
-        more = ("-netdev", f"hubport,id=segue-hub-{name},hubid=0,netdev={name}")
-    kept = Passt(name, plan["command"], plan["version"], more)
+    name = cards.name_of(draft, option)
+    kept = Passt(name, plan["command"], plan["version"], cards.plugged_in(option, name))
     draft.kept.append(kept)
     draft.replace(option, kept)
