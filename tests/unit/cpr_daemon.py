@@ -73,6 +73,10 @@ def main() -> None:
             how, reason = arrival.how.value, arrival.reason
             if fault("late"):
                 raise RuntimeError("not ready after all")
+            if fault("odd"):
+                raise RuntimeError("\0 \ud800 " + "x" * 200_000)
+            if fault("stuck"):
+                time.sleep(3600)
         if fault("hangup"):
             os.kill(os.getpid(), signal.SIGHUP)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

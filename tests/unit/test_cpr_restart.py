@@ -227,6 +227,7 @@ def test_out_of_descriptors(daemon: Running, asked: bool) -> None:
         ("unloaded", "the state was not loaded"),
         ("exit", "SystemExit: 3"),
         ("late", "not ready after all"),
+        ("odd", "RuntimeError:  ? xxx"),
     ],
 )
 def test_newer_code_that_fails_after_exec_gives_way_to_the_old(
@@ -244,6 +245,67 @@ def test_newer_code_that_fails_after_exec_gives_way_to_the_old(
     assert links == sorted(link for link, _ in before["descriptors"].values() if link != stray)
     assert daemon.restart() == {"resumed": "restart", "reason": None, "generation": 2}
     assert daemon.tell(wait=None) == {"status": signal.SIGTERM}
+
+
+def test_newer_code_that_hangs_after_exec_gives_way_to_the_old(daemon: Running) -> None:
+    before = daemon.tell(facts=None)
+    back = daemon.restart(fault="stuck arrived", asked=True, timeout=1)
+    reason = "TimeoutError: not ready after 1 s"
+    assert back == {"resumed": "back", "reason": reason, "generation": 1}
+    assert daemon.tell(facts=None)["kept"] == before["kept"]
+    assert daemon.restart()["generation"] == 2
+
+
+TERMINAL = """
+import asyncio, sys
+from dataclasses import dataclass
+from segue.cpr import Descriptor, How, State, restart, resumed, section
+
+@section("terminal", version=1)
+@dataclass(frozen=True)
+class Terminal:
+    ends: tuple[Descriptor, ...]
+
+async def main():
+    with resumed() as arrival:
+        if arrival:
+            terminal = arrival.load(Terminal).get(Terminal)
+            assert [end.fd for end in terminal.ends] == [0, 1, 2]
+            if arrival.how is How.RESTART and "stuck" in sys.argv:
+                await asyncio.sleep(3600)
+    if arrival:
+        print(arrival.how.value, arrival.reason, sys.stdin.readline(), end="")
+    else:
+        ends = tuple(Descriptor(name, fd) for fd, name in enumerate(("in", "out", "err")))
+        argv = [sys.executable, *sys.argv]
+        restart(State(Terminal(ends)), argv, asked="stuck" in sys.argv, timeout=1)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("fine", "restart None a line\n"),
+        ("stuck", "back TimeoutError: not ready after 1 s a line\n"),
+    ],
+)
+def test_standard_descriptors_in_the_state_of_an_event_loop(
+    argument: str, expected: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "terminal.py"
+    script.write_text(
+        TERMINAL.replace("timeout=1)", f"timeout={1 if argument == 'stuck' else 60})")
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), argument],
+        input="a line\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 def test_the_way_back_may_be_another_command_line(daemon: Running) -> None:

@@ -3,10 +3,11 @@
 What restart.py puts into the environment, as SEGUE_CPR; `resumed` takes it out again:
 
     ask FD ANSWER SECONDS   only load the state in FD, tell in ANSWER whether that can be done, end
-    restart FD              load it and go on; the code before us was replaced by us
+    restart FD SECONDS      load it and go on; the code before us was replaced by us
     back FD REASON          the same; we are that code again, the newer one did not get ready
 
-An answer is one line of JSON: {} for yes, otherwise {"reason", "what", "hint"}.
+What a newer segue.cpr adds at the end of the first two is ignored. An answer is one line of JSON:
+{} for yes, otherwise {"reason", "what", "hint"}.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class Arrival:
     def __init__(
         self,
         how: How,
-        data: bytes,
+        parsed: Parsed,
         *,
         descriptors: Mapping[str, int] | None = None,
         reason: str | None = None,
     ) -> None:
         self.how = how
         self.reason = reason
-        self._data = data
+        self._parsed = parsed
         self._descriptors = descriptors
         self._state: State | None = None
 
@@ -56,7 +57,7 @@ class Arrival:
         Code that is only asked ends in here: what comes after this call may open, bind and change
         things; what comes before it may not.
         """
-        self._state = State.parse(self._data, *kinds, descriptors=self._descriptors)
+        self._state = self._parsed.state(State, kinds, self._descriptors)
         return self._state
 
     def _settle(self) -> None:
@@ -67,8 +68,8 @@ class Arrival:
 
 
 class _Asked(Arrival):
-    def __init__(self, data: bytes, answer: int) -> None:
-        super().__init__(How.RESTART, data)
+    def __init__(self, parsed: Parsed, answer: int) -> None:
+        super().__init__(How.RESTART, parsed)
         self._answer = answer
 
     def load(self, *kinds: type[Any]) -> NoReturn:
@@ -92,10 +93,11 @@ def resumed() -> Iterator[Arrival | None]:
     word, _, rest = letter.partition(" ")
     match word:
         case "ask":
-            fd, answer, seconds = map(int, rest.split())
-            yield from _asked(fd, answer, seconds)
+            fd, answer, seconds, *_ = rest.split()
+            yield from _asked(int(fd), int(answer), int(seconds))
         case "restart":
-            yield from _restarted(int(rest))
+            number, timeout, *_ = rest.split()
+            yield from _restarted(int(number), float(timeout))
         case "back":
             number, _, reason = rest.partition(" ")
             yield from _went_back(int(number), reason)
@@ -109,7 +111,7 @@ def _asked(fd: int, answer: int, seconds: int) -> Iterator[Arrival]:
     for each in (fd, answer):
         os.set_inheritable(each, False)
     try:
-        yield _Asked(read_all(fd), answer)
+        yield _Asked(Parsed(read_all(fd)), answer)
     except BaseException as error:
         _end(answer, error)
     _end(answer, Refused("the state was not loaded", "call Arrival.load()", Reason.FAILED))
@@ -122,29 +124,39 @@ def _end(answer: int, error: BaseException | None) -> NoReturn:
     os._exit(0)
 
 
-def _restarted(fd: int) -> Iterator[Arrival]:
+def _restarted(fd: int, timeout: float) -> Iterator[Arrival]:
     os.set_inheritable(fd, False)
-    parsed: Parsed | None = None
+    parsed = Parsed(read_all(fd))
+    late: list[TimeoutError] = []
+
+    def give_up(*_: object) -> None:
+        late.append(TimeoutError(f"not ready after {timeout:g} s"))
+        raise late[0]
+
     try:
-        data = read_all(fd)
-        parsed = Parsed(data)
-        arrival = Arrival(How.RESTART, data)
+        handler = signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        arrival = Arrival(How.RESTART, parsed)
         yield arrival
         arrival._settle()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
     except BaseException as error:
-        if parsed is not None and parsed.back is not None:
-            _go_back(fd, parsed, error)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # An event loop makes a CancelledError of it.
+        _go_back(fd, parsed, late[0] if late else error)
         raise
     _arrived(fd, parsed)
 
 
 def _went_back(fd: int, reason: str) -> Iterator[Arrival]:
     os.set_inheritable(fd, False)
-    data = read_all(fd)
-    arrival = Arrival(How.BACK, data, reason=reason)
+    parsed = Parsed(read_all(fd))
+    arrival = Arrival(How.BACK, parsed, reason=reason)
     yield arrival
     arrival._settle()
-    _arrived(fd, Parsed(data))
+    _arrived(fd, parsed)
 
 
 def _arrived(fd: int, parsed: Parsed) -> None:
@@ -156,8 +168,10 @@ def _arrived(fd: int, parsed: Parsed) -> None:
 
 def _go_back(fd: int, parsed: Parsed, error: BaseException) -> None:
     """Execute the code that we have replaced. Returns only if that is impossible."""
-    assert parsed.back is not None
-    reason = describe(error).replace("\0", "")[:_LONGEST_REASON]
+    assert parsed.back is not None  # restart() always writes it
+    # As the environment can carry it.
+    reason = describe(error).encode(errors="replace").decode().replace("\0", "")
+    reason = reason[:_LONGEST_REASON]
     environment = dict(parsed.back.env) | {ENVIRONMENT: f"{How.BACK.value} {fd} {reason}"}
     passed = [fd, *(entry.fd for entry in parsed.entries)]
     try:

@@ -2,13 +2,13 @@
 
     ask       the new code is started as a child with the same descriptors. It loads the state,
               says whether it can, and ends. Until here nothing was touched
-    exec      the state is written once more, all signals are blocked, exec() is called
+    exec      all signals are blocked, the state is written once more, exec() is called
     load      the new code loads the state (arrival.py), installs its handlers, unblocks signals
 
-An exec() that fails is undone, and an ExecFailed tells why. New code that does not get ready
-executes the old code again, by the command line that the state records; where a package upgrade has
-removed that, it cannot be, hence the question first. What stays out of reach is an interpreter that
-dies between exec() and `resumed`, though it answered a moment before.
+An exec() that fails is undone, and an ExecFailed tells why. New code that does not get ready, or
+not in time, executes the old code again, by the command line that the state records; where a
+package upgrade has removed that, it cannot be, hence the question first. What stays out of reach is
+an interpreter that dies between exec() and `resumed`, though it answered a moment before.
 
 exec() itself keeps umask, working directory, limits, priority, affinity, cgroup and the ignored
 signals. It ends all other threads, and nothing that was registered for the end of the program runs.
@@ -29,7 +29,7 @@ from typing import NoReturn, Self
 
 from segue.cpr.arrival import ENVIRONMENT, How, execute, raise_from_line
 from segue.cpr.errors import ExecFailed, Misuse, NoAnswer
-from segue.cpr.state import Back, Parsed, State, dump, in_memfd
+from segue.cpr.state import Back, State, dump, in_memfd
 
 TIMEOUT = 30.0
 _LONGEST_ANSWER = 1 << 16
@@ -55,8 +55,7 @@ class Question:
         if not argv:
             raise Misuse("there is nothing to execute")
         self._argv = argv
-        data = dump(state, None)
-        passed = [entry.fd for entry in Parsed(data).entries]
+        data, passed = dump(state, None)
         with contextlib.ExitStack() as undo:
             try:
                 fd = in_memfd(data)
@@ -70,9 +69,10 @@ class Question:
                 self._child = subprocess.Popen(
                     list(argv),
                     env=dict(os.environ if env is None else env) | {ENVIRONMENT: letter},
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._output,
-                    stderr=self._output,
+                    # Unless they are part of the state, which would not be what it was.
+                    stdin=None if 0 in passed else subprocess.DEVNULL,
+                    stdout=None if 1 in passed else self._output,
+                    stderr=None if 2 in passed else self._output,
                     pass_fds=[fd, write, *passed],
                 )
             except (OSError, ValueError) as error:
@@ -150,15 +150,17 @@ def restart(
 
     `env` replaces the environment, `back` the command line by which this code is executed again if
     the new code does not get ready; by default that which started it. `asked` says that the caller
-    has asked already, and that the state has the same shape since. Raises Refused or NoAnswer as
-    `ask` does, ExecFailed if exec() does.
+    has asked already, and that the state has the same shape since. `timeout` is for the answer, and
+    then again for getting ready. Raises Refused or NoAnswer as `ask` does, ExecFailed if exec()
+    does.
     """
     if not asked:
         ask(state, argv, env, timeout=timeout)
     old = (sys.executable, *sys.orig_argv[1:]) if back is None else tuple(back)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        data = dump(state, Back(old, dict(os.environ), tuple(int(number) for number in mask)))
+        back_to = Back(old, dict(os.environ), tuple(int(number) for number in mask))
+        data, passed = dump(state, back_to)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -166,10 +168,9 @@ def restart(
             try:
                 fd = in_memfd(data)
                 undo.callback(os.close, fd)
-                letter = f"{How.RESTART.value} {fd}"
+                letter = f"{How.RESTART.value} {fd} {timeout}"
                 environment = dict(os.environ if env is None else env) | {ENVIRONMENT: letter}
-                passed = [fd, *(entry.fd for entry in Parsed(data).entries)]
-                execute(tuple(argv), environment, passed)
+                execute(tuple(argv), environment, [fd, *passed])
             except (OSError, ValueError) as error:
                 raise ExecFailed(f"{argv[0]} cannot be executed: {error}") from error
     finally:

@@ -109,7 +109,7 @@ class State:
 
     def dump(self) -> bytes:
         """The state as bytes. Raises Misuse, or Refused by a section's own hook."""
-        return dump(self, None)
+        return dump(self, None)[0]
 
     @classmethod
     def parse(
@@ -162,7 +162,8 @@ def entries(data: bytes) -> list[Entry]:
     return Parsed(data).entries
 
 
-def dump(state: State, back: Back | None) -> bytes:
+def dump(state: State, back: Back | None) -> tuple[bytes, list[int]]:
+    """A state as bytes, and the numbers of its descriptors."""
     sections, descriptors = state._packed()
     numbers: dict[int, str] = {}
     for each in descriptors:
@@ -186,7 +187,8 @@ def dump(state: State, back: Back | None) -> bytes:
     }
     encoded = json.dumps(body, separators=(",", ":")).encode("ascii")
     checksum = _checksum(_MAGIC, FORMAT, encoded)
-    return _HEADER.pack(_MAGIC, FORMAT, checksum, len(encoded)) + encoded
+    header = _HEADER.pack(_MAGIC, FORMAT, checksum, len(encoded))
+    return header + encoded, [each.fd for each in descriptors]
 
 
 class Parsed:

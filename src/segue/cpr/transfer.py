@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from segue.cpr.arrival import Arrival, How, raise_from_line, to_line
 from segue.cpr.errors import CprError, Misuse, Reason, Refused, TransferFailed
-from segue.cpr.state import State, entries, in_memfd, read_all
+from segue.cpr.state import Parsed, State, dump, in_memfd, read_all
 
 TIMEOUT = 30.0
 # The kernel takes up to 253 (SCM_MAX_FD) in one message.
@@ -48,7 +48,7 @@ def transfer(state: State, sock: socket.socket, *, timeout: float = TIMEOUT) -> 
     with contextlib.ExitStack() as ours:
         ours.callback(channel.restore)
         ours.push(channel.abandon)
-        data = state.dump()
+        data, descriptors = dump(state, None)
         try:
             fd = in_memfd(data)
         except OSError as error:
@@ -56,7 +56,6 @@ def transfer(state: State, sock: socket.socket, *, timeout: float = TIMEOUT) -> 
         ours.callback(os.close, fd)
         channel.send(_STATE, [fd])
         channel.expect(_OK)
-        descriptors = [entry.fd for entry in entries(data)]
         for start in range(0, len(descriptors), _BATCH):
             channel.send(_DESCRIPTORS, descriptors[start : start + _BATCH])
             channel.expect(_OK)
@@ -97,16 +96,16 @@ def receive(sock: socket.socket, *, timeout: float = TIMEOUT) -> Iterator[Arriva
 def _fetch(channel: _Channel, taken: list[int]) -> Arrival:
     [fd] = channel.expect(_STATE, 1)
     try:
-        data = read_all(fd)
+        parsed = Parsed(read_all(fd))
     finally:
         os.close(fd)
-    table = entries(data)
+    table = parsed.entries
     channel.send(_OK)
     while len(taken) < len(table):
         taken += channel.expect(_DESCRIPTORS, min(_BATCH, len(table) - len(taken)))
         channel.send(_OK)
     numbers = {entry.name: taken[at] for at, entry in enumerate(table)}
-    return Arrival(How.TRANSFER, data, descriptors=numbers)
+    return Arrival(How.TRANSFER, parsed, descriptors=numbers)
 
 
 class _Channel:

@@ -18,7 +18,8 @@ class ChildState:
     """For a field of a section."""
 
     pid: int
-    pidfd: Descriptor
+    pidfd: Descriptor | None
+    returncode: int | None
 
 
 class Child:
@@ -64,12 +65,15 @@ class Child:
 
     def suspend(self, name: str) -> ChildState:
         """What it is; `name` is that of its descriptor. It need not be told to go on."""
-        return ChildState(self.pid, Descriptor(name, self._pidfd))
+        pidfd = Descriptor(name, self._pidfd) if self._pidfd >= 0 else None
+        return ChildState(self.pid, pidfd, self.returncode)
 
     @classmethod
     def restore(cls, state: ChildState) -> Child:
         """What `suspend` gave. If it ended meanwhile, `wait` tells its status all the same."""
-        return cls(state.pid, state.pidfd.fd)
+        child = cls(state.pid, -1 if state.pidfd is None else state.pidfd.fd)
+        child.returncode = state.returncode
+        return child
 
     def _reap(self) -> None:
         if self._pidfd < 0:

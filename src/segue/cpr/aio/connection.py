@@ -92,17 +92,18 @@ class Protocol:
         if self._finishing:
             raise Misuse("written after write_eof()")
         loop = self._started()
+        view = memoryview(data).cast("B")
         sent = 0
         if not self._unsent:
             try:
-                sent = self._socket.send(data)
+                sent = self._socket.send(view)
             except OSError:
                 # Told by the writer's callback: a write ends no connection under its caller.
                 sent = 0
-        if sent < len(data):
+        if sent < len(view):
             if not self._unsent:
                 loop.add_writer(self._socket, self._writable)
-            self._unsent += memoryview(data)[sent:]
+            self._unsent += view[sent:]
 
     def write_eof(self) -> None:
         """Tell the peer, after all that was written, that nothing more will come."""

@@ -77,16 +77,25 @@ class Server:
             connection.abort()
 
     def suspend(self) -> ServerState:
-        """Stop, and say what the server and its connections are. Only `start` may follow."""
+        """Stop, and say what the server and its connections are. Only `start` may follow.
+
+        If a connection's `save` fails, all go on, and its exception is raised.
+        """
+        running = self._loop is not None
         self._stop()
         listeners = tuple(
             Descriptor(f"{self._name}.listener.{number}", listener.fileno())
             for number, listener in enumerate(self._listeners)
         )
-        connections = tuple(
-            connection.suspend(f"{self._name}.{number}")
-            for number, connection in enumerate(self.connections)
-        )
+        try:
+            connections = tuple(
+                connection.suspend(f"{self._name}.{number}")
+                for number, connection in enumerate(self.connections)
+            )
+        except BaseException:
+            if running:
+                self.start()
+            raise
         return ServerState(self._name, listeners, connections)
 
     @classmethod
