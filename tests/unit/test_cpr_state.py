@@ -371,6 +371,15 @@ def test_an_optional_section_is_ignored_by_those_who_do_not_know_it(
     assert State.parse(State(Counter(1)).dump(), Counter, Extra).find(Extra) is None
 
 
+def test_what_is_not_the_ignored_descriptor_is_not_closed(pipe: tuple[int, int]) -> None:
+    data = State(Counter(1), Extra(Descriptor.of("pipe", pipe[0]))).dump()
+    os.dup2(pipe[1], pipe[0])
+    State.parse(data, Counter).close_ignored()
+    assert os.fstat(pipe[0])
+    os.close(pipe[0])
+    State.parse(data, Counter).close_ignored()
+
+
 def test_what_an_ignored_section_shares_is_not_closed(pipe: tuple[int, int]) -> None:
     shared = Descriptor.of("pipe", pipe[0])
     loaded = State.parse(State(Lamp(shared), Extra(shared)).dump(), Lamp)
@@ -474,7 +483,7 @@ def test_every_kind_of_descriptor_is_itself_and_no_other(tmp_path: Path) -> None
         seen: dict[int, Identity] = {}
         for kind in make.values():
             for number in range(2):
-                for fd in kind(number)[:1]:
+                for fd in kind(number):
                     stack.callback(os.close, fd)
                     seen[fd] = Identity.of(fd)
         for fd, identity in seen.items():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,15 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def inheritable() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.get_inheritable(int(name)):
+                found.add(int(name))
+    return found
+
+
 @contextmanager
 def pipes(count: int) -> Iterator[State]:
     """A state with the read ends of pipes, each of which holds its number."""
@@ -79,13 +88,14 @@ def pipes(count: int) -> Iterator[State]:
 def test_more_descriptors_than_fit_into_one_message(pair: Pair) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-    before = descriptors()
+    before, standard = descriptors(), inheritable()
     try:
         for count in (0, 1, 250, 251, 777):
             with pipes(count) as state, ThreadPoolExecutor() as pool:
                 sent = pool.submit(transfer, state, pair.ours)
                 with receive(pair.theirs) as arrival:
                     assert arrival.how is How.TRANSFER
+                    assert inheritable() == standard
                     received = arrival.load(Pipes).get(Pipes)
                     assert not sent.done()
                 sent.result()

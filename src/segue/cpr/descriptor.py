@@ -3,7 +3,8 @@
 | kind                                        | identity                                         |
 |---------------------------------------------|--------------------------------------------------|
 | `socket`                                    | SO_COOKIE (unique while the host runs)           |
-| `file`, `directory`, `fifo`                 | device and inode; a memfd is a `file` too        |
+| `file`, `directory`, `fifo`                 | device, inode and access mode, which tells the   |
+|                                             | ends of a pipe apart; a memfd is a `file` too    |
 | `character`, `block`                        | the same, the device's number, and from fdinfo   |
 |                                             | `iff` (the interface of a tap) and `tty-index`   |
 |                                             | (the terminal of a pty master)                   |
@@ -15,6 +16,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -114,6 +116,7 @@ class Identity:
             kind = link.removeprefix(_ANONYMOUS).strip("[]")
         else:
             kind = _KINDS.get(stat.S_IFMT(status.st_mode), "other")
+            facts["access"] = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         if kind == "socket":
             facts = {"cookie": _cookie(fd)}
         elif kind in ("character", "block"):

@@ -20,6 +20,7 @@ have versions of their own. JSON because a person can read it; pickle would run 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -251,8 +252,7 @@ class Parsed:
             state.add(unpack(kind, saved.fields, saved.version, find))
         for name in numbers.keys() - used:
             raise Refused(f"no section speaks of descriptor {name}", reason=Reason.LEFT_OVER)
-        everything = _numbers(self.entries, descriptors)
-        state._ignored = [everything[name] for name in ignored if name in everything]
+        state._ignored = self._still_there(ignored, descriptors)
         for fd in (*numbers.values(), *state._ignored):
             os.set_inheritable(fd, False)
         return state
@@ -297,6 +297,17 @@ class Parsed:
         for saved in self._sections:
             (ours if saved.name in names else others).update(saved.descriptors)
         return others - ours
+
+    def _still_there(self, ignored: set[str], descriptors: Mapping[str, int] | None) -> list[int]:
+        """Those that may be closed: what is something else by now belongs to somebody else."""
+        found = []
+        numbers = _numbers((each for each in self.entries if each.name in ignored), descriptors)
+        for entry in self.entries:
+            if entry.name in numbers:
+                with contextlib.suppress(Refused):
+                    check(entry.name, numbers[entry.name], entry.identity)
+                    found.append(numbers[entry.name])
+        return found
 
     def _check(
         self, wanted: list[Entry], ignored: set[str], descriptors: Mapping[str, int] | None
