@@ -206,8 +206,7 @@ class MachineDirectory:
                 # Between open and flock the last owner may have removed what we have opened.
                 if os.fstat(lock).st_nlink:
                     self._clear_leftovers()
-                    os.ftruncate(lock, 0)
-                    os.write(lock, b"%d %d\n" % (os.getpid(), process_start_time(os.getpid()) or 0))
+                    self._say_whose(lock)
                     self._lock, lock = lock, -1
             except BlockingIOError:
                 pid = self.owner()[0]
@@ -218,6 +217,15 @@ class MachineDirectory:
             finally:
                 if lock >= 0:
                     os.close(lock)
+
+    def _say_whose(self, lock: int) -> None:
+        try:
+            os.ftruncate(lock, 0)
+            os.write(lock, b"%d %d\n" % (os.getpid(), process_start_time(os.getpid()) or 0))
+        except OSError:  # the file system is full
+            self.lock.unlink()
+            self.path.rmdir()
+            raise
 
     def _clear_leftovers(self) -> None:
         left = self.read_status()
@@ -243,12 +251,22 @@ class MachineDirectory:
     def write_status(self, status: Mapping[str, Any]) -> bool:
         """Replace status.json as a whole; False where the disk is full or the directory gone.
 
-        Nobody may lose a guest because a status could not be written.
+        On a full disk it is overwritten in place if it has room for that. Nobody may lose a guest
+        because a status could not be written.
         """
         new = self.path / "status.json.new"
+        text = json.dumps(status)
         try:
-            new.write_text(json.dumps(status))
-            new.replace(self.status)
+            try:
+                new.write_text(text)
+                new.replace(self.status)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                new.unlink(missing_ok=True)
+                with self.status.open("r+") as file:
+                    file.write(text)
+                    file.truncate()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EMFILE):
                 raise

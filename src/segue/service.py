@@ -114,12 +114,23 @@ class Service:
         return list(self._supervisor.receipts)
 
     async def stop(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
-        """ACPI power-off, then `quit`, then SIGKILL, each with its time limit."""
+        """ACPI power-off, then `quit`, then SIGKILL, each with its time limit.
+
+        An upgrade under way is called off first.
+        """
         supervisor = self._supervisor
-        await supervisor.upgrader.finished()
+        powerdown = arguments.get("timeout", POWERDOWN_LIMIT)
+        supervisor.upgrader.call_off()
+        try:
+            async with asyncio.timeout(powerdown):
+                await supervisor.upgrader.finished()
+        except TimeoutError:
+            supervisor.upgrader.kill_both()
+            await supervisor.upgrader.finished()
+            return {"how": "kill"}
         instance = supervisor.instance
         for how, command, limit in (
-            ("powerdown", "system_powerdown", arguments.get("timeout", POWERDOWN_LIMIT)),
+            ("powerdown", "system_powerdown", powerdown),
             ("quit", "quit", QUIT_LIMIT),
         ):
             with contextlib.suppress(MonitorClosed, TimeoutError):

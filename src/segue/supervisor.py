@@ -61,7 +61,9 @@ _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 _ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
 _HISTORY = 1000
 # Seconds for the answer to what has ended the machine.
-_LAST_ANSWERS = 2.0
+_LAST_ANSWERS = 10.0
+# Seconds for QEMU to say how its guest is, before that is "unresponsive".
+_HANGS = 2.0
 
 
 class Supervisor:
@@ -312,9 +314,13 @@ class Supervisor:
     async def refresh(self) -> None:
         """Ask for the guest's state and write it where `segue ls` looks."""
         if not self.instance.monitor.closed:
-            with contextlib.suppress(SegueError):
-                answer = await self.instance.monitor.execute("query-status")
+            try:
+                answer = await self.instance.monitor.execute("query-status", timeout=_HANGS)
                 self.state = answer["status"]
+            except TimeoutError:
+                self.state = "unresponsive"
+            except SegueError:
+                pass
         self.directory.write_status(self.status())
 
     def status(self) -> dict[str, Any]:

@@ -180,9 +180,12 @@ class Segue:
         self.environment = {**os.environ, "SEGUE_RUN_DIR": str(root), **(environment or {})}
         self.machines: list[Machine] = []
 
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "segue", *arguments]
+
     def __call__(self, *arguments: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "segue", *arguments],
+            self.command(*arguments),
             env=self.environment,
             capture_output=True,
             text=True,

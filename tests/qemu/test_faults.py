@@ -13,95 +13,25 @@ import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.conftest import watch
 from tests.qemu.hang import main_thread_hangs
-from tests.qemu.harness import (
-    Client,
-    Machine,
-    Qmp,
-    Segue,
-    alive,
-    cpu_ticks,
-    no_descriptor_leak,
-    qemu,
-    wait_until,
-)
-
-PHASES = ("prepare", "open", "hold", "move", "commit")
-STARTED = ("open", "hold", "move", "commit")
-"""Phases at whose beginning there is a successor."""
-
-
-class Survivor:
-    """The guest that every fault of this module happens to."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self.segue = Segue(place / "run", {"SEGUE_TESTING": "1"})
-        # pvpanic, so that it can panic; a pause instead of an end, so that it survives that.
-        argv = tiny(place, "7.2", "-device", "pvpanic", "-action", "panic=pause")
-        self.machine: Machine = self.segue.start("survivor", argv)
-        self.console: Client = watch(self.machine, place)
-        self.qmp: Qmp = self.machine.qmp()
-        # One client's commands are answered in their order: another one must say `continue`.
-        self.other: Qmp = self.machine.qmp()
-
-    def begin(self, phase: str | None = None, to: str = "10.0", **more: Any) -> Future[Any]:
-        """Start an upgrade that stops at the beginning of `phase`."""
-        self.qmp.events.clear()
-        path = to if to.startswith("/") else qemu(to)
-        arguments = {"to": path, "force": True, "timeout": 20, **more}
-        if phase is not None:
-            arguments["x-break"] = [phase]
-        going = self.qmp.begin("segue-upgrade", arguments)
-        if phase is not None:
-            self.qmp.event(phase=phase, state="break")
-        return going
-
-    def go_on(self) -> None:
-        self.other.command("x-segue-continue")
-
-    def successor(self) -> int:
-        """The pid of the QEMU that is not the incumbent."""
-        return next(p for p in self.qemus() if p != self.machine.qemu_pid)
-
-    def qemus(self) -> list[int]:
-        assert self.machine.process is not None
-        return [p for p in self.segue.processes() if p != self.machine.process.pid]
-
-    def check(self, receipt: dict[str, Any], result: str, incumbent: int) -> None:
-        assert receipt["result"] == result, receipt
-        assert receipt["error"]["what"]
-        assert receipt["guest"] == "running on the incumbent"
-        assert self.qemus() == [incumbent]
-        self.well()
-
-    def well(self) -> None:
-        unharmed(self.console)
-        pid = self.machine.qemu_pid
-        before = cpu_ticks(pid)
-        wait_until("the guest using CPU time", lambda: cpu_ticks(pid) > before)
-
-    def upgrade_works(self) -> None:
-        receipt = self.begin(to="10.0").result(60)
-        assert receipt["result"] == "done", receipt
-        self.well()
+from tests.qemu.harness import alive, no_descriptor_leak, qemu, wait_until
+from tests.qemu.survivor import PHASES, STARTED, Survivor, limits
 
 
 @pytest.fixture(scope="module")
 def survivor() -> Iterator[Survivor]:
     place = Path(tempfile.mkdtemp(prefix="segue-"))
-    survivor = Survivor(place)
+    # pvpanic, so that it can panic; a pause instead of an end, so that it survives that.
+    survivor = Survivor(place, "-device", "pvpanic", "-action", "panic=pause")
     try:
         yield survivor
-        survivor.qmp.close()
-        survivor.other.close()
+        survivor.close()
         survivor.machine.stop()
         assert survivor.machine.wait() == 0
         assert not survivor.segue.leftovers()
@@ -153,10 +83,6 @@ def test_main_loop_of_the_successor_hangs(survivor: Survivor, phase: str) -> Non
     survivor.check(receipt, "timed-out", incumbent)
 
 
-def limits(**seconds: float) -> dict[str, Any]:
-    return {"x-limits": seconds}
-
-
 def script(place: Path, text: str) -> str:
     path = place / "qemu-script"
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -173,6 +99,11 @@ BROKEN_STARTS = {
         'case "$*" in *defer*) n=$#; while [ $n -gt 0 ]; do a=$1; shift; n=$((n-1)); '
         'case "$a" in memory-backend-file*) a=$(echo "$a" | sed s/size=67108864/size=33554432/);; '
         'esac; set -- "$@" "$a"; done; set -- "$@" -m 32;; esac; exec {qemu} "$@"'
+    ),
+    "a device missing": (
+        'case "$*" in *defer*) n=$#; while [ $n -gt 0 ]; do a=$1; shift; n=$((n-1)); '
+        'if [ "$a $1" = "-device pvpanic" ]; then shift; n=$((n-1)); else set -- "$@" "$a"; fi; '
+        'done;; esac; exec {qemu} "$@"'
     ),
     "one device more": (
         'case "$*" in *defer*) set -- "$@" -device virtio-rng-pci;; esac; exec {qemu} "$@"'
@@ -242,6 +173,16 @@ def test_a_second_upgrade_is_refused(survivor: Survivor, phase: str) -> None:
     survivor.well()
 
 
+def test_loading_breaks(survivor: Survivor, place: Path) -> None:
+    """Not starting, and not comparing: the same devices, one of which refuses the state."""
+    incumbent = survivor.machine.qemu_pid
+    to = script(place, f'exec {qemu("10.0")} "$@" -global hpet.timers=5')
+    for rehearse in (True, False):
+        receipt = survivor.begin(None, to, rehearse=rehearse).result(60)
+        survivor.check(receipt, "failed", incumbent)
+        assert "move" in receipt["phases"]
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_guest_resets_meanwhile(survivor: Survivor, phase: str) -> None:
     """It is a reset like any other, whoever runs the guest afterwards."""
@@ -249,15 +190,37 @@ def test_guest_resets_meanwhile(survivor: Survivor, phase: str) -> None:
     start = len(survivor.console.data)
     survivor.console.witness = None
     survivor.console.send(b"r")
+    if phase in ("prepare", "open", "hold"):
+        # The guest runs: it has reset itself before it is stopped.
+        survivor.console.expect(rb"segue guest x86", start)
     survivor.go_on()
     receipt = going.result(60)
     survivor.console.expect(rb"segue guest x86", start)
-    assert receipt["result"] in ("done", "failed")
+    assert receipt["result"] == "done", receipt
     survivor.console.close()
     survivor.console = watch(survivor.machine, survivor.place)
 
 
-@pytest.mark.parametrize("phase", ["prepare", "open"])
+def test_guest_resets_in_the_very_moment(survivor: Survivor) -> None:
+    """As it is being stopped: the upgrade is done, or undone for that reason, and never half."""
+    for _ in range(5):
+        going = survivor.begin("hold")
+        start = len(survivor.console.data)
+        survivor.console.witness = None
+        survivor.console.send(b"r")
+        survivor.go_on()
+        receipt = going.result(60)
+        survivor.console.expect(rb"segue guest x86", start)
+        if receipt["result"] != "done":
+            assert receipt["result"] == "failed", receipt
+            assert "the guest reset itself in the very moment" in receipt["error"]["what"]
+            assert receipt["error"]["hint"] == "upgrade again"
+            assert receipt["guest"] == "running on the incumbent"
+        survivor.console.close()
+        survivor.console = watch(survivor.machine, survivor.place)
+
+
+@pytest.mark.parametrize("phase", ["prepare", "open", "hold"])
 def test_guest_panics_meanwhile(survivor: Survivor, phase: str) -> None:
     """With `-action panic=pause` it is paused then, on the incumbent, and can be resumed."""
     incumbent = survivor.machine.qemu_pid
@@ -276,6 +239,76 @@ def test_guest_panics_meanwhile(survivor: Survivor, phase: str) -> None:
     assert survivor.qemus() == [incumbent]
     survivor.console.close()
     survivor.console = watch(survivor.machine, survivor.place)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_guest_is_paused_meanwhile(survivor: Survivor, phase: str) -> None:
+    """By a client, who waits until it is clear which QEMU is to obey."""
+    going = survivor.begin(phase)
+    client = survivor.machine.qmp()
+    stopping = client.begin("stop")
+    survivor.go_on()
+    assert going.result(60)["result"] == "done"
+    stopping.result(60)
+    assert survivor.qmp.command("query-status")["status"] == "paused"
+    survivor.qmp.command("cont")
+    client.close()
+    survivor.well()
+
+
+@pytest.mark.parametrize("phase", ["plan", *PHASES])
+def test_incumbent_hangs(survivor: Survivor, phase: str) -> None:
+    """Nobody waits for it in vain; it has its guest back when it answers again."""
+    incumbent = survivor.machine.qemu_pid
+    going = survivor.begin(phase, **limits(plan=1, prepare=1, open=1, hold=1, move=1, undo=0.5))
+    os.kill(incumbent, signal.SIGSTOP)
+    survivor.go_on()
+    receipt = going.result(60)
+    if phase == "commit":
+        # It is not needed any more.
+        assert receipt["result"] == "done", receipt
+    elif phase == "plan":
+        assert receipt["result"] == "timed-out", receipt
+    else:
+        assert receipt["result"] == "lost", receipt
+        assert receipt["guest"] == "unknown: the incumbent does not answer"
+        survivor.qmp.events.clear()
+    if phase != "commit":
+        os.kill(incumbent, signal.SIGCONT)
+        if phase != "plan":
+            survivor.qmp.event(phase="undo", state="end")
+            final = wait_until("the receipt", lambda: _last(survivor, receipt["started"]))
+            assert final["result"] == "timed-out", final
+            assert final["guest"] == "running on the incumbent"
+        assert survivor.qemus() == [incumbent]
+    survivor.well()
+
+
+def _last(survivor: Survivor, started: float) -> dict[str, Any] | None:
+    history: list[dict[str, Any]] = survivor.other.command("segue-history")
+    return history[-1] if history[-1]["started"] == started else None
+
+
+@pytest.mark.parametrize("phase", ["release", "retire"])
+def test_incumbent_killed_when_the_successor_runs(survivor: Survivor, phase: str) -> None:
+    incumbent = survivor.machine.qemu_pid
+    going = survivor.begin(phase)
+    os.kill(incumbent, signal.SIGKILL)
+    survivor.go_on()
+    assert going.result(60)["result"] == "done"
+    assert len(survivor.qemus()) == 1
+    survivor.well()
+
+
+def test_incumbent_killed_at_commit(survivor: Survivor) -> None:
+    """All of the guest is in the successor by then."""
+    incumbent = survivor.machine.qemu_pid
+    going = survivor.begin("commit")
+    os.kill(incumbent, signal.SIGKILL)
+    survivor.go_on()
+    assert going.result(60)["result"] == "done"
+    assert len(survivor.qemus()) == 1
+    survivor.well()
 
 
 def test_out_of_descriptors(survivor: Survivor) -> None:

@@ -61,9 +61,9 @@ class CprExec(Handover):
     _number_of_state: str = ""
 
     async def _prepare(self) -> None:
+        await self._freeze()
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
-        await self._freeze()
         self._place = self._new_place(self.surroundings.lend(False), _top(self.incumbent.pid))
 
     def _new_place(self, lending: Lending, first_number: int) -> _Place:

@@ -130,6 +130,9 @@ class Handover:
     async def run(self) -> Receipt:
         """Carry it out; the receipt tells how it ended. Raises nothing on purpose."""
         self._stack.callback(self.incumbent.monitor.listen(self._incumbent_event))
+        if (task := asyncio.current_task()) is not None:
+            # With the incumbent the guest is lost: there is nothing more to wait for.
+            self.incumbent.on_end(lambda _: self._incumbent_ended(task))
         try:
             async with asyncio.timeout(self.timeout) as budget:
                 await self._enter(PREPARE, self._prepare)
@@ -155,7 +158,12 @@ class Handover:
         self._tell_late()
         return self.receipt
 
-    def call_off(self, task: asyncio.Task[Receipt]) -> None:
+    def _incumbent_ended(self, task: asyncio.Task[Any]) -> None:
+        became_successor = self.successor is not None and self.successor.pid == self.incumbent.pid
+        if not became_successor:
+            self.call_off(task)
+
+    def call_off(self, task: asyncio.Task[Any]) -> None:
         """Undo if the commit point has not been reached; otherwise let it finish."""
         if self.phase in (PREPARE, OPEN, HOLD, MOVE) and not self._undoing:
             task.cancel()
@@ -202,17 +210,18 @@ class Handover:
     async def _look(self) -> None:
         """Raises Refused unless the guest is in a state that can be moved."""
         status = (await self.incumbent.monitor.execute("query-status"))["status"]
+        self._was_running = status == "running"
         if status not in ("running", "paused", "prelaunch"):
             raise Refused(
-                f"the guest is {status}: only a running or paused guest can be handed over",
-                hint="`cont` it, or start it again",
+                f"the guest's state is {status}: only a running or paused guest can be handed over",
+                hint="`system_reset` and `cont`, or start it again",
+                guest=f"not running ({status}), on the incumbent",
             )
-        self._was_running = status == "running"
 
     async def _prepare(self) -> None:
+        await self._freeze()
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
-        await self._freeze()
         self.successor = successor = self.surroundings.spawn()
         placement.copy(self.incumbent.pid, successor.pid)
         self.surroundings.journal.write("prepare", self.incumbent, successor)
@@ -466,11 +475,14 @@ class Handover:
 
     def _check_guest(self) -> None:
         """Raise SegueError if the guest is no longer what was compared and is being moved."""
+        stopped = False
         for event in self._events:
             name = event["event"]
+            stopped = stopped or (name == "STOP" and self._migrating)
             if name in _ENDINGS:
                 raise SegueError(f"{_ENDINGS[name]} during the upgrade", guest="not running")
-            if name in _WISHES and self._migrating:
+            # What came before the stop is in the state that was saved.
+            if name in _WISHES and stopped:
                 raise SegueError(f"{_WISHES[name]} in the very moment", hint="upgrade again")
             if name == "BLOCK_IO_ERROR" and event["data"]["action"] == "stop":
                 raise SegueError(
@@ -493,7 +505,7 @@ class Handover:
         elif isinstance(error, TimeoutError):
             told = TimedOut(f"the upgrade took longer than {self.timeout:g} s")
         elif isinstance(error, asyncio.CancelledError):
-            told = SegueError("the upgrade was called off")
+            told = called_off()
         elif isinstance(error, OSError):
             told = SegueError(f"{error.strerror or error} in phase {self.phase.name}")
         else:
@@ -561,6 +573,10 @@ class Handover:
         self.surroundings.journal.write("done", self.incumbent, None)
         self.phase = PREPARE
         self._tell({"phase": "undo", "state": "end"})
+
+
+def called_off() -> SegueError:
+    return SegueError("the upgrade was called off")
 
 
 def _seconds(event: Event) -> float:

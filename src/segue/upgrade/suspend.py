@@ -46,9 +46,9 @@ class Suspend(Handover):
         return self.limits.get(phase.name, _COPYING if phase is MOVE else phase.limit)
 
     async def _prepare(self) -> None:
+        await self._freeze()
         await self._look()
         self.surroundings.journal.write("prepare", self.incumbent, None)
-        await self._freeze()
         make_directory(self.to)
         self._stack.callback(self._remove_unless_whole)
         free = os.statvfs(self.to)
@@ -151,4 +151,5 @@ class Suspend(Handover):
         """Nobody is there for what was held."""
 
     async def _retire(self) -> None:
+        await self.incumbent.wait()
         self.surroundings.journal.write("done", self.incumbent, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import signal
 import socket
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from segue.errors import GuestLost, Refused, SegueError
+from segue.errors import GuestLost, Refused, SegueError, TimedOut
 from segue.kept.base import Lending
 from segue.kept.description import Description
 from segue.qemu.binary import Binary
@@ -23,7 +24,7 @@ from segue.qmp.gate import Gate
 from segue.upgrade import interrupts
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
-from segue.upgrade.handover import Handover, Surroundings
+from segue.upgrade.handover import Handover, Surroundings, called_off
 from segue.upgrade.journal import Journal
 from segue.upgrade.modes import AUTO, MODES, Mode
 from segue.upgrade.phases import PLAN
@@ -216,6 +217,13 @@ class Upgrader:
         else:
             self._handover.call_off(self._task)
 
+    def kill_both(self) -> None:
+        """The end of an upgrade that waits for a QEMU which does not answer, and of the guest."""
+        if self._handover is not None:
+            for instance in (self._handover.successor, self._handover.incumbent):
+                if instance is not None:
+                    instance.signal(signal.SIGKILL)
+
     async def finished(self) -> None:
         """Wait until no upgrade is under way."""
         while self._task is not None:
@@ -230,6 +238,15 @@ class Upgrader:
         gc.disable()
         try:
             await work
+            return receipt
+        except asyncio.CancelledError:
+            receipt.failed(called_off())
+            return receipt
+        except Exception as error:
+            told = (
+                error if isinstance(error, SegueError) else SegueError(f"internal error: {error!r}")
+            )
+            receipt.failed(told)
             return receipt
         finally:
             gc.enable()
@@ -253,7 +270,7 @@ class Upgrader:
         limbo: asyncio.Future[Receipt],
     ) -> None:
         host = self._host
-        plan = await self._plan(receipt, to, mode, progress)
+        plan = await self._plan(receipt, to, mode, timeout, progress)
         if plan is None:
             return
         if plan.current and not force and not rehearse:
@@ -330,17 +347,29 @@ class Upgrader:
         )
         await self._handover.run()
 
-    async def _plan(self, receipt: Receipt, to: Path, mode: str, progress: Progress) -> Plan | None:
+    async def _plan(
+        self, receipt: Receipt, to: Path, mode: str, timeout: float | None, progress: Progress
+    ) -> Plan | None:
         progress({"phase": PLAN.name, "state": "begin"})
         started = time.monotonic()
+        limit = self._limits.get(PLAN.name, PLAN.limit)
+        if timeout is not None:
+            limit = min(limit, timeout)
         try:
-            async with asyncio.timeout(PLAN.limit):
+            async with asyncio.timeout(limit):
                 await self.breakpoints.reach(PLAN.name)
                 plan = await self.check(to, mode)
-        except (SegueError, OSError, TimeoutError, asyncio.CancelledError) as error:
-            receipt.failed(error if isinstance(error, SegueError) else SegueError(f"{error!r}"))
-            if isinstance(error, SegueError):
-                receipt.result = REFUSED
+        except TimeoutError:
+            receipt.failed(
+                TimedOut(
+                    f"phase {PLAN.name} took longer than {limit:g} s",
+                    hint="either QEMU may hang: the one that runs, or the target when it is asked",
+                )
+            )
+            return None
+        except SegueError as error:
+            receipt.failed(error)
+            receipt.result = REFUSED
             return None
         finally:
             receipt.phases[PLAN.name] = time.monotonic() - started
