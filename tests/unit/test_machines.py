@@ -246,12 +246,12 @@ def test_a_status_is_replaced_as_a_whole() -> None:
     directory.remove()
 
 
-def test_a_full_disk_keeps_the_old_status_and_raises_nothing() -> None:
+def test_a_full_disk_has_room_for_the_status_that_is_there() -> None:
     directory = MachineDirectory.create("web")
     directory.write_status({"state": "running"})
     (directory.path / "status.json.new").symlink_to("/dev/full")
-    assert not directory.write_status({"state": "paused"})
-    assert directory.read_status() == {"state": "running"}
+    assert directory.write_status({"state": "paused"})
+    assert directory.read_status() == {"state": "paused"}
     directory.remove()
 
 
