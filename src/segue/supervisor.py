@@ -29,6 +29,7 @@ from segue.kept.base import Lending
 from segue.kept.broker import Broker
 from segue.kept.changes.survey import Changes
 from segue.kept.description import Description, describe
+from segue.kept.display import VncAddress
 from segue.kept.files import KeptFile
 from segue.kept.lent import AddFd, Lent
 from segue.kept.mux import Mux
@@ -378,7 +379,9 @@ class Supervisor:
         stack.callback(log.close)
         server = QmpServer(Service(self).commands(), gate=self.gate, log=logger(log))
         server.observers += [
-            kept.observe for kept in self.machine.kept if isinstance(kept, Lent | AddFd | Changes)
+            kept.observe
+            for kept in self.machine.kept
+            if isinstance(kept, Lent | AddFd | Changes | VncAddress)
         ]
         stack.callback(server.close)
         return server

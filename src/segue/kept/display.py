@@ -1,11 +1,15 @@
 """VNC: the address moves to the successor once the incumbent is dead; viewers reconnect.
 
 A successor cannot bind a port that the incumbent still holds, so it is started with `-vnc none`
-and the same options, and told the address by `display-update` (QEMU 7.1).
+and the same options, and told the address by `display-update` (QEMU 7.1). What clients have said
+through QMP since, a password or another address, it is told before anybody can connect.
 """
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from segue.kept.base import Kept, Lending
@@ -16,6 +20,7 @@ from segue.qemu.options import Params
 
 # Windows and protocols that live inside QEMU's process.
 _INSIDE = ("gtk", "sdl", "curses", "cocoa", "spice-app", "dbus", "egl-headless")
+_HMP_PASSWORD = re.compile(r"\s*(?:set_password\s+vnc|change\s+vnc\s+password)\s+(\S+)")
 _ADDRESS = ("vnc", "to", "reverse", "ipv4", "ipv6", "websocket")
 
 
@@ -29,15 +34,17 @@ class VncAddress(Kept):
         for key, value in params.without(*_ADDRESS).items():
             self._later = self._later.set(key, value)
         self._address: dict[str, Any] | None = None
+        # The last command of each kind, with its arguments.
+        self._said: dict[str, dict[str, Any]] = {}
 
     def arguments(self, lending: Lending) -> list[str]:
         return self._first if lending.first else ["-vnc", str(self._later)]
 
     def save(self, saver: Saver) -> dict[str, Any]:
-        return {"address": self._address}
+        return {"address": self._address, "said": self._said}
 
     async def load(self, data: dict[str, Any], loader: Loader) -> None:
-        self._address = data["address"]
+        self._address, self._said = data["address"], data["said"]
 
     async def learn(self, monitor: Monitor) -> None:
         for server in (await monitor.execute("query-vnc-servers"))[:1]:
@@ -51,12 +58,44 @@ class VncAddress(Kept):
                         "port": address["service"],
                     }
 
+    def observe(
+        self, command: str, arguments: dict[str, Any], fds: Sequence[int], answer: Any
+    ) -> None:
+        """A client's command was carried out."""
+        if command == "human-monitor-command":
+            if found := _HMP_PASSWORD.match(arguments["command-line"]):
+                password = {"protocol": "vnc", "password": found[1]}
+                self.observe("set_password", password, (), None)
+            return
+        if arguments.get("protocol", "vnc") != "vnc" or arguments.get("type", "vnc") != "vnc":
+            return
+        match command:
+            case "set_password" | "change-vnc-password":
+                password = {"protocol": "vnc", "password": arguments["password"]}
+                self._said["set_password"] = password
+            case "expire_password":
+                self._said[command] = arguments | {"time": _moment(arguments["time"])}
+            case "display-update" if addresses := arguments.get("addresses"):
+                self._address = addresses[0]
+            case _:
+                return
+        self.changed()
+
     async def settle(self, monitor: Monitor) -> None:
+        for command, arguments in self._said.items():
+            await monitor.execute(command, arguments)
         if self._address is not None:
             await monitor.execute("display-update", {"type": "vnc", "addresses": [self._address]})
 
     def identity(self) -> dict[str, Any]:
         return {"address": self._address}
+
+
+def _moment(when: str) -> str:
+    """`+N` and `now` of `expire_password` as a point in time; the rest means the same later too."""
+    if when == "now" or when.startswith("+"):
+        return str(int(time.time()) + int(when[1:] if when != "now" else 0))
+    return when
 
 
 class DisplayRule:

@@ -20,6 +20,10 @@ from segue.qemu.options import Params
 # CPU models whose meaning depends on the host, the accelerator and the release.
 FLOATING_CPUS = ("host", "max", "base")
 
+# Versioned machine types tell a new QEMU what an older one understands; for others we do.
+_UNVERSIONED = ("microvm",)
+_SWITCHOVER_START = (10, 0, 0)
+
 # Some releases have these and others not, or with another default.
 _SWITCHES = frozenset(("full-cpuid-auto-level", "legacy-multi-node", "pmu"))
 
@@ -127,7 +131,11 @@ class ValuesRule:
 
         def machine(lending: Lending) -> list[str]:
             known = self._values.machine_type
-            return [] if lending.first or known is None else ["-machine", f"type={known}"]
+            words = [] if lending.first or known is None else ["-machine", f"type={known}"]
+            if draft.command_line.machine().get("type") in _UNVERSIONED:
+                if lending.target.version >= _SWITCHOVER_START:
+                    words += ["-global", "migration.send-switchover-start=off"]
+            return words
 
         draft.add(Computed(machine))
         for option in draft.options("cpu"):
