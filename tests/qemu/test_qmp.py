@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,66 @@ class Terminal:
     def close(self) -> None:
         self._thread.join(LIMIT)
         os.close(self._fd)
+
+
+class Asker(threading.Thread):
+    """A client that asks without end, and knows what every answer must be.
+
+    Each round it makes an object, looks at it, and takes it away again. One that was made twice, or
+    by a QEMU whose work was then thrown away, is an error at the next step.
+    """
+
+    def __init__(self, client: Raw, number: int) -> None:
+        super().__init__(daemon=True)
+        self.client = client
+        self.number = number
+        self.rounds = 0
+        self.wrong: list[Any] = []
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        client = self.client
+        while not self.ending.is_set():
+            name = f"object-{self.number}-{self.rounds}"
+            path = f"/objects/{name}"
+            made = {"qom-type": "rng-random", "id": name, "filename": "/dev/null"}
+            asked = [
+                client.send("object-add", made),
+                client.send("qom-get", {"path": path, "property": "filename"}),
+                client.send("query-status"),
+                client.send("object-del", {"id": name}),
+            ]
+            answers = [client.answer(each) for each in asked]
+            self.wrong += [answer for answer in answers if "return" not in answer]
+            if not self.wrong and answers[1]["return"] != "/dev/null":
+                self.wrong.append(answers[1])
+            if not self.wrong and not answers[2]["return"]["running"]:
+                self.wrong.append(answers[2])
+            self.rounds += 1
+
+
+def test_ten_clients_fire_through_twenty_upgrades(segue: Segue, place: Path) -> None:
+    upgrades = 20
+    guest = segue.start("guest", tiny(place, "7.2"))
+    console = watch(guest, place)
+    clients = [qmp(guest, f"client{number}") for number in range(10)]
+    with closing(*clients):
+        askers = [Asker(client, number) for number, client in enumerate(clients)]
+        for asker in askers:
+            asker.start()
+        for number in range(upgrades):
+            guest.handed_over("--to", qemu(ROUND[number % 3]))
+        for asker in askers:
+            asker.ending.set()
+            asker.join(LIMIT)
+        for asker, client in zip(askers, clients, strict=True):
+            assert asker.wrong == []
+            assert asker.rounds > upgrades
+            assert not client.closed
+            assert client.order == client.asked
+            assert set(Counter(client.order).values()) == {1}
+            assert {"STOP", "RESUME"}.isdisjoint(client.names())
+    unharmed(console)
 
 
 def begun(guest: Machine, phase: str, release: str) -> tuple[Raw, Raw, str]:
