@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +48,14 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["(it said nothing)"]
         raise Failed(f"{Path(command[0]).name} ended with {done.returncode}: {said[-1]}")
     return done.stdout
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_bytes(data)
+    scratch.rename(path)
 
 
 @contextmanager
@@ -121,6 +131,22 @@ class Archive:
         self.refresh()
         lines = self._apt("apt-cache", "depends", package).splitlines()
         return [line.split(":")[1].strip() for line in lines if line.strip().startswith("Depends:")]
+
+    def fetched(self, package: str, into: Path) -> Path:
+        """`package` unpacked in a folder of `into`, downloaded once.
+
+        A kernel's name has its version in it; its metapackage's name stands for it.
+        """
+        folder = into / package
+        if not folder.exists():
+            real = self.depends(package)[0] if package.startswith("linux-image-") else package
+            print(f"fetching {real}", flush=True)
+            for left in into.glob(".unpacking-*"):
+                shutil.rmtree(left)
+            scratch = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=into))
+            self.unpack([real], scratch, with_libraries=False)
+            scratch.rename(folder)
+        return folder
 
     def unpack(self, packages: Sequence[str], into: Path, *, with_libraries: bool) -> None:
         """Downloads `packages` (`NAME` or `NAME/SUITE`) and unpacks them into the folder `into`.
