@@ -1,5 +1,6 @@
 # make demo        a guest in a window of text, its QEMU replaced three times
 # make test        everything but the long tests, on real QEMU 7.2, 10.0 and 11.1
+# make test-nested  parts of them on KVM with vhost-net and VFIO, in a nested guest
 # make check       style and types
 # Each installs what it needs (Debian packages by apt-get, as root or by sudo; Python packages
 # into .venv) and is quick when nothing changed. Downloads are cached outside the checkout, in
@@ -17,7 +18,7 @@ DEMO_PACKAGES := python3-venv qemu-system-x86
 TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf openssl gcc libc6-dev iproute2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo releases guest test test-long check format clean demo-packages test-packages
+.PHONY: help setup demo releases guest test test-long test-nested check format clean demo-packages test-packages
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -39,6 +40,15 @@ test: setup releases guest
 
 test-long: setup releases guest
 	$(BIN)/pytest -m long
+
+# On a real KVM with vhost-net and VFIO, wherever this runs: all in a guest of QEMU's TCG.
+NETWORK := tests/qemu/test_network.py
+NESTED := tests/nested tests/qemu/test_upgrade.py::test_rehearsal_leaves_the_guest_where_it_was \
+	'$(NETWORK)::test_tap_through_every_release[on]' \
+	'$(NETWORK)::test_an_undone_upgrade_leaves_the_tap_as_it_was[on]'
+
+test-nested: setup releases guest
+	scripts/nested-bed $(BIN)/pytest --timeout 900 -p no:cacheprovider --durations=0 $(NESTED)
 
 check: demo-packages $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from segue.guest import Witness, image
-from tests.qemu.harness import Client, Machine, Segue, qemu, wait_until
+from tests.qemu.harness import Client, Machine, Segue, accelerator, qemu, wait_until
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def tiny(place: Path, release: str, *more: str, machine: str = "q35") -> list[st
     """The command line of the tiny guest, its console on a Unix socket."""
     return [
         qemu(release),
+        *accelerator(),
         *("-M", machine, "-m", "64", "-nodefaults", "-display", "none"),
         *("-kernel", str(image())),
         *("-serial", f"unix:{place}/console,server=on,wait=off"),

@@ -27,7 +27,10 @@ from qemu.qmp import EventListener, QMPClient
 
 from segue.guest import Witness
 
-LIMIT = 60.0
+SLOW = "SEGUE_NESTED" in os.environ
+"""Whether this is the nested bed (scripts/nested-bed), where Python is 10 to 20 times slower."""
+
+LIMIT = 300.0 if SLOW else 60.0
 """Seconds within which anything that a test waits for must have happened; never asserted."""
 
 
@@ -47,13 +50,18 @@ def passt() -> Path:
     return cache() / "passt"
 
 
+def accelerator() -> list[str]:
+    """The bed is there for its KVM; elsewhere machines have what QEMU does without a word."""
+    return ["-accel", "kvm"] if SLOW else []
+
+
 def wait_until(what: str, condition: Callable[[], Any], limit: float = LIMIT) -> Any:
     """Poll for what has no event to wait on (a process in /proc, a file)."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.01)
+        time.sleep(0.2 if SLOW else 0.01)
     raise AssertionError(f"{what} did not happen within {limit:g} s")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from segue.kept import tun
+from tests.qemu.harness import LIMIT, SLOW
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h; Python has no name for it
 _ALL_PROTOCOLS = 3  # ETH_P_ALL
@@ -26,6 +27,8 @@ _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
+
+PACE = 0.01 if SLOW else 0.002
 
 
 class Namespace:
@@ -65,7 +68,7 @@ class Ping:
     """An echo request every `pace` seconds, each numbered, from a thread of its own."""
 
     def __init__(
-        self, namespace: Namespace, to: str = GUEST, pace: float = 0.002, size: int = 40
+        self, namespace: Namespace, to: str = GUEST, pace: float = PACE, size: int = 40
     ) -> None:
         with namespace.inside():
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
@@ -107,7 +110,7 @@ class Ping:
                     self.answers.setdefault(number, []).append(time.monotonic())
                     self._came.notify_all()
 
-    def wait(self, more: int = 200, limit: float = 60) -> None:
+    def wait(self, more: int = 200, limit: float = LIMIT) -> None:
         """Wait until `more` further requests have been answered."""
         with self._came:
             wanted = len(self.answers) + more
@@ -258,7 +261,7 @@ class Stream:
         except OSError as error:
             self.error = error
 
-    def wait(self, more: int = 1 << 16, limit: float = 60) -> None:
+    def wait(self, more: int = 1 << 16, limit: float = LIMIT) -> None:
         """Wait until `more` further bytes have come back."""
         with self._came:
             wanted = self.received + more
@@ -268,7 +271,7 @@ class Stream:
         """All that was sent has come back, in order, and nothing else."""
         self._ending = True
         for thread in self._threads:
-            thread.join(60)
+            thread.join(LIMIT)
         self._socket.close()
         assert self.error is None, self.error
         assert self.received == self.sent

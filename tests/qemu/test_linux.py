@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tests.guests.linux.verify_disk import verify
-from tests.qemu.harness import Client, Segue, cache, qemu
+from tests.qemu.harness import Client, Segue, accelerator, cache, qemu
 
 _BEAT = re.compile(rb"hb (\d+) \d+\r?\n")
 _NONCE = re.compile(rb"nonce (\w+)\r?\n")
@@ -21,6 +21,7 @@ def linux(place: Path, release: str, image: Path) -> list[str]:
     )
     return [
         qemu(release),
+        *accelerator(),
         *("-M", "q35", "-m", "512", "-nodefaults", "-display", "none"),
         *("-kernel", str(cache() / "linux/vmlinuz"), "-initrd", str(cache() / "linux/initrd.img")),
         *("-append", words),

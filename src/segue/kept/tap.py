@@ -12,7 +12,11 @@ sockets that never become readable, and its ioctls on them are answered by the g
               sent meanwhile is passed on, but for QEMU's announcement
     undo      what the incumbent had set is set again, and it gets its queues back
 
-The kernel's vhost-net is told of the queues in `cont`, so there they are lent just before it.
+The kernel's vhost-net is told of the queues in `cont`, so there they are lent just before it. When
+it starts, QEMU throws away what it has read itself (virtio_net_vhost_status): so it is not woken
+to read before that, only afterwards, for a guest's driver that does without vhost. A stand-in under
+the incumbent's number is no matter to vhost: it ends at STOP by itself, leaves what has come in the
+queues, and what the guest has sent in the guest's rings.
 
 Why not at STOP: QEMU pauses its vCPUs before it says so, and throws away a packet that it reads
 meanwhile (do_vm_stop, net_vm_change_state_handler); one packet was lost in a third of handovers.
@@ -407,6 +411,8 @@ class Tap(Kept):
         self._live = number
         self._before = None
         borrower = self._borrowers[number]
+        if self._has_vhost:
+            self._wake(borrower)
         if not borrower.off or borrower.places[0].ours is None:
             return
         for place, queue in zip(borrower.places, self.queues, strict=True):
@@ -428,8 +434,11 @@ class Tap(Kept):
         borrower.off = False
         borrower.lent.set()
         self._end_relay(borrower)
-        for place in borrower.places:
-            place.wake()
+        self._wake(borrower)
+
+    def give_back(self) -> None:
+        if self._has_vhost:
+            self._wake(self._borrowers[self._live])
 
     def _is_announcement(self, frame: bytes) -> bool:
         """QEMU's own packet after a migration, for switches: the guest is where it was."""
@@ -449,8 +458,13 @@ class Tap(Kept):
         borrower.guard.lend(self._places(borrower))
         borrower.off = False
         borrower.lent.set()
-        for place in borrower.places:
-            place.wake()
+        if not self._has_vhost:
+            self._wake(borrower)
+
+    def _wake(self, borrower: Borrower) -> None:
+        if not borrower.off:
+            for place in borrower.places:
+                place.wake()
 
     def _places(self, borrower: Borrower) -> dict[int, int]:
         numbers = [place.number for place in borrower.places]

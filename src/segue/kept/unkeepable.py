@@ -24,7 +24,6 @@ _OPTIONS = {
 # device -> (why, remedy)
 _DEVICES = {
     "ivshmem-doorbell": ("its server's connection cannot be kept", "use ivshmem-plain"),
-    "vfio-pci": ("a VFIO group cannot be opened twice", "use QEMU's own cpr-transfer"),
     "usb-host": ("a host USB device belongs to one process", "unplug it before the upgrade"),
     "usb-redir": ("usbredir's state belongs to its connection", "unplug it before the upgrade"),
 }

@@ -9,7 +9,7 @@ migrate        RAM is copied too, into memory of the successor's        7.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,19 @@ from segue.upgrade.migrate import Migrate
 AUTO = "auto"
 CPR_TRANSFER_SINCE = (10, 0, 0)
 CPR_EXEC_SINCE = (10, 2, 0)
+VFIO_SINCE = (10, 1, 0)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is to judge: `argv` is what the running QEMU was given, `vfio` has the types of
+    its VFIO devices, and `kvm` says whether it runs the guest on KVM."""
+
+    running: Binary
+    target: Binary
+    argv: Sequence[str]
+    vfio: Collection[str] = ()
+    kvm: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,22 +48,35 @@ class Mode:
 
     name: str
     transaction: type[Handover]
-    judge: Callable[[Binary, Binary, Sequence[str]], list[Blocker]]
+    judge: Callable[[Facts], list[Blocker]]
     incoming: Callable[[Path], tuple[str, ...]] = lambda directory: ("-incoming", "defer")
     copies_ram: bool = False
     rehearsal: str | None = None
 
 
-def _always(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocker]:
-    return []
+def without_vfio(vfio: Collection[str]) -> list[Blocker]:
+    """Where another process would have to open the devices anew, or the state is not all ours."""
+    return [
+        Blocker(
+            f"device {driver}",
+            "a VFIO group is open in one process only, and the device's state is in the hardware: "
+            "only QEMU's own modes pass it on",
+            "use --mode cpr-transfer or cpr-exec, or unplug it before",
+        )
+        for driver in vfio
+    ]
 
 
-def _cpr_transfer(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocker]:
-    return _cpr("cpr-transfer", CPR_TRANSFER_SINCE, running, target, argv)
+def _ours(facts: Facts) -> list[Blocker]:
+    return without_vfio(facts.vfio)
 
 
-def _cpr_exec(running: Binary, target: Binary, argv: Sequence[str]) -> list[Blocker]:
-    blockers = _cpr("cpr-exec", CPR_EXEC_SINCE, running, target, argv)
+def _cpr_transfer(facts: Facts) -> list[Blocker]:
+    return _cpr("cpr-transfer", CPR_TRANSFER_SINCE, facts)
+
+
+def _cpr_exec(facts: Facts) -> list[Blocker]:
+    blockers = _cpr("cpr-exec", CPR_EXEC_SINCE, facts)
     reasons = {
         "spawn=deny": "the sandbox forbids QEMU to execute anything",
         "elevateprivileges=deny": "the sandbox forbids QEMU to execute anything",
@@ -59,17 +85,12 @@ def _cpr_exec(running: Binary, target: Binary, argv: Sequence[str]) -> list[Bloc
     return blockers + [
         Blocker("mode cpr-exec", reason, "use --mode handover")
         for word, reason in reasons.items()
-        if any(word in given for given in argv)
+        if any(word in given for given in facts.argv)
     ]
 
 
-def _cpr(
-    name: str,
-    since: tuple[int, int, int],
-    running: Binary,
-    target: Binary,
-    argv: Sequence[str],
-) -> list[Blocker]:
+def _cpr(name: str, since: tuple[int, int, int], facts: Facts) -> list[Blocker]:
+    running, target = facts.running, facts.target
     mode = f"mode {name}"
     blockers = [
         Blocker(
@@ -89,7 +110,7 @@ def _cpr(
                 "use --mode handover",
             )
         )
-    if not blockers and not any("aux-ram-share=on" in word for word in argv):
+    if not blockers and not any("aux-ram-share=on" in word for word in facts.argv):
         blockers.append(
             Blocker(
                 mode,
@@ -97,23 +118,48 @@ def _cpr(
                 "hand over once (--mode handover), which starts it so",
             )
         )
+    return blockers + _vfio(facts)
+
+
+def _vfio(facts: Facts) -> list[Blocker]:
+    """QEMU keeps VFIO descriptors from 10.1 on. Under TCG 11.1 crashes and the guest is lost."""
+    blockers = []
+    for driver in facts.vfio:
+        blockers += [
+            Blocker(
+                f"device {driver}",
+                f"QEMU {binary.version_text} at {binary.path} cannot pass it on",
+                "QEMU can from 10.1 on; unplug it before",
+            )
+            for binary in (facts.running, facts.target)
+            if binary.version < VFIO_SINCE
+        ]
+        if not facts.kvm:
+            blockers.append(
+                Blocker(
+                    f"device {driver}",
+                    "without KVM QEMU crashes when it passes a VFIO device on, and the guest is "
+                    "lost",
+                    "use -accel kvm, or unplug it before",
+                )
+            )
     return blockers
 
 
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("handover", Handover, _always),
+        Mode("handover", Handover, _ours),
         Mode("cpr-transfer", CprTransfer, _cpr_transfer, incoming),
         Mode("cpr-exec", CprExec, _cpr_exec, rehearsal="handover"),
-        Mode("migrate", Migrate, _always, copies_ram=True),
+        Mode("migrate", Migrate, _ours, copies_ram=True),
     )
 }
 
 
-def judge(running: Binary, target: Binary, argv: Sequence[str]) -> dict[str, tuple[Blocker, ...]]:
-    """For each mode what stands against it alone; `argv` is what the running QEMU was given."""
-    return {name: tuple(mode.judge(running, target, argv)) for name, mode in MODES.items()}
+def judge(facts: Facts) -> dict[str, tuple[Blocker, ...]]:
+    """For each mode what stands against it alone."""
+    return {name: tuple(mode.judge(facts)) for name, mode in MODES.items()}
 
 
 def choose(wanted: str, judged: dict[str, tuple[Blocker, ...]]) -> tuple[Mode, str]:

@@ -12,7 +12,7 @@ from segue.kept.draft import Note
 from segue.qemu.binary import Binary, missing_devices, probe
 from segue.qemu.instance import Instance
 from segue.upgrade import interrupts, modes, scout
-from segue.upgrade.modes import MODES, Mode
+from segue.upgrade.modes import MODES, Facts, Mode
 
 OLDEST = (7, 2, 0)
 VIRTIO_MEM_KEEPS_RAM = (8, 1, 0)
@@ -23,7 +23,7 @@ class Plan:
     """`cpu` is what the target makes of a floating CPU model (see kept/values.py).
 
     `mode` was chosen, for the reason `why`; `modes` has for each one what stands against it alone.
-    `loses_interrupts`: see interrupts.py.
+    `loses_interrupts`: see interrupts.py. `rehearsal`: the mode in which it can be rehearsed first.
     """
 
     target: Binary
@@ -36,6 +36,11 @@ class Plan:
     modes: dict[str, tuple[Blocker, ...]] = field(default_factory=dict)
     loses_interrupts: bool = False
 
+    @property
+    def rehearsal(self) -> str | None:
+        name = self.mode.rehearsal
+        return name if name is not None and not self.modes[name] else None
+
 
 async def make(
     machine: Description,
@@ -47,18 +52,22 @@ async def make(
 ) -> Plan:
     """Judge `to` for this machine. Raises Refused if it is not a QEMU that answers."""
     target = await probe(to)
-    judged = modes.judge(running, target, incumbent.argv)
+    types = await _device_types(incumbent)
+    vfio = vfio_types(types)
+    kvm = await incumbent.monitor.execute("query-kvm")
+    facts = Facts(running, target, incumbent.argv, vfio, kvm["enabled"])
+    judged = modes.judge(facts)
     mode, why = modes.choose(wanted, judged)
     blockers = [
         *machine.draft.blockers,
         *judged[mode.name],
         *_binary(machine, running, target),
-        *await incumbent_blockers(incumbent),
+        *await incumbent_blockers(incumbent, cpr=bool(vfio) and not judged[mode.name]),
         *await machine.survey(incumbent.monitor),
         *await interrupts.blockers(incumbent, running),
     ]
     if target.target == running.target:
-        blockers += await _devices(incumbent, target)
+        blockers += await _devices(types, target)
     cpu: dict[str, Any] = {}
     if machine.values.cpu and not blockers:
         cpu = await scout.cpu(machine, target)
@@ -110,10 +119,9 @@ def _binary(machine: Description, running: Binary, target: Binary) -> list[Block
     return blockers
 
 
-async def _devices(incumbent: Instance, target: Binary) -> list[Blocker]:
+async def _devices(types: set[str], target: Binary) -> list[Blocker]:
     """What the guest was given that the target cannot make."""
     name = f"QEMU {target.version_text} at {target.path}"
-    types = await _device_types(incumbent)
     blockers = [
         Blocker(f"device {driver}", f"{name} lacks it", "install the package that has it")
         for driver in await missing_devices(target.path, types)
@@ -141,9 +149,28 @@ async def _device_types(incumbent: Instance) -> set[str]:
     return types
 
 
-async def incumbent_blockers(incumbent: Instance) -> list[Blocker]:
-    """What the running QEMU itself says against being migrated."""
-    answer = await incumbent.monitor.execute("query-migrate")
+def vfio_types(types: set[str]) -> list[str]:
+    return sorted(driver for driver in types if driver.startswith("vfio-"))
+
+
+async def vfio_devices(incumbent: Instance) -> list[str]:
+    """The types of the VFIO devices that it has."""
+    return vfio_types(await _device_types(incumbent))
+
+
+async def incumbent_blockers(incumbent: Instance, *, cpr: bool = False) -> list[Blocker]:
+    """What the running QEMU itself says against being migrated, or moved by a mode of its own.
+
+    It tells what stands against the mode that is set. A VFIO device stands against the normal one.
+    """
+    monitor = incumbent.monitor
+    if cpr:
+        await monitor.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
+    try:
+        answer = await monitor.execute("query-migrate")
+    finally:
+        if cpr:
+            await monitor.execute("migrate-set-parameters", {"mode": "normal"})
     return [
         Blocker("QEMU", reason, "remove what it names")
         for reason in answer.get("blocked-reasons", [])

@@ -21,7 +21,7 @@ from segue.qemu.binary import Binary
 from segue.qemu.instance import Instance
 from segue.qemu.monitor import Event
 from segue.qmp.gate import Gate
-from segue.upgrade import interrupts
+from segue.upgrade import interrupts, modes
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, Surroundings, called_off
@@ -174,6 +174,7 @@ class Upgrader:
         loses_interrupts = await interrupts.can_be_lost(host.instance, host.binary)
         blockers = [
             *host.machine.draft.blockers,
+            *modes.without_vfio(await planning.vfio_devices(host.instance)),
             *await planning.incumbent_blockers(host.instance),
             *await host.machine.survey(host.instance.monitor),
             *await interrupts.blockers(host.instance, host.binary),
@@ -276,9 +277,19 @@ class Upgrader:
         if plan.current and not force and not rehearse:
             receipt.result = CURRENT
             return
+        if rehearse and plan.rehearsal != plan.mode.rehearsal:
+            receipt.failed(
+                Refused(
+                    f"{plan.mode.name} cannot be rehearsed here: there is no way back from it but "
+                    f"a rehearsal by {plan.mode.rehearsal}",
+                    hint="rehearse --mode cpr-transfer",
+                    blockers=plan.modes[plan.mode.rehearsal or ""],
+                )
+            )
+            return
         for kept in host.machine.kept:
             await kept.quiet()
-        if plan.mode.rehearsal is not None:
+        if plan.rehearsal is not None:
             rehearsal = await self._rehearse(plan, receipt, timeout, progress, limbo)
             if rehearse or rehearsal.result != REHEARSED:
                 return
@@ -298,9 +309,9 @@ class Upgrader:
         limbo: asyncio.Future[Receipt],
     ) -> Receipt:
         """The rehearsal of another mode that must come first; its end is the receipt's for now."""
-        assert plan.mode.rehearsal is not None
+        assert plan.rehearsal is not None
         started = time.monotonic()
-        mode = MODES[plan.mode.rehearsal]
+        mode = MODES[plan.rehearsal]
         rehearsal = replace(receipt, mode=mode.name, phases={})
         await self._attempt(plan, mode, rehearsal, True, timeout, progress, limbo, "rehearsal.")
         receipt.rehearsal = rehearsal.to_json()
