@@ -48,7 +48,7 @@ NESTED := tests/nested tests/qemu/test_upgrade.py::test_rehearsal_leaves_the_gue
 	'$(NETWORK)::test_an_undone_upgrade_leaves_the_tap_as_it_was[on]'
 
 test-nested: setup releases guest
-	scripts/nested-bed $(BIN)/pytest --timeout 900 -p no:cacheprovider --durations=0 $(NESTED)
+	scripts/nested-bed $(BIN)/pytest --timeout 900 -p no:cacheprovider --durations=0 -rP $(NESTED)
 
 check: demo-packages $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -167,6 +167,10 @@ class Machine:
     def handed_over(self, *arguments: str) -> dict[str, Any]:
         receipt = self.upgrade(*arguments)
         assert receipt["result"] == "done", receipt
+        if SLOW:  # what the bed measured is told at its end (pytest -rP)
+            versions = " to ".join(receipt[side]["version"] for side in ("from", "to"))
+            stopped = receipt["blackout_seconds"] * 1000
+            print(f"{receipt['mode']} from {versions}: stopped for {stopped:.0f} ms")
         return receipt
 
     def qmp(self) -> Qmp:
