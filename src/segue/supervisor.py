@@ -383,6 +383,10 @@ class Supervisor:
             for kept in self.machine.kept
             if isinstance(kept, Lent | AddFd | Changes | VncAddress)
         ]
+        changes = self.machine.changes
+        changes.incumbent = lambda: (self.instance.monitor, self.instance.number)
+        changes.say = self._say
+        server.carried_out = changes.carries_out()
         stack.callback(server.close)
         return server
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from segue.errors import Blocker
@@ -39,7 +39,7 @@ class Description:
 
     draft: Draft
     values: Values
-    lifecycle: Lifecycle
+    started_as: Lifecycle
     control: tuple[tuple[Chardev, bool], ...]
     changes: Changes
 
@@ -48,8 +48,21 @@ class Description:
         return self.draft.kept
 
     @property
+    def lifecycle(self) -> Lifecycle:
+        """What the command line says of its end, or a client's `set-action` since."""
+        actions = self.changes.record.actions
+        return replace(
+            self.started_as,
+            shutdown=actions.get("shutdown", self.started_as.shutdown),
+            panic=actions.get("panic", self.started_as.panic),
+        )
+
+    @property
     def ram_bytes(self) -> int:
-        return sum(kept.size for kept in self.kept if isinstance(kept, GuestRam))
+        return sum(kept.size for kept in self._all_kept() if isinstance(kept, GuestRam))
+
+    def _all_kept(self) -> list[Kept]:
+        return [*self.kept, *self.changes.parts.values()]
 
     def console(self) -> Broker | Mux | None:
         """The first serial device that is kept; else the first other console."""
@@ -75,7 +88,7 @@ class Description:
 
     async def survey(self, monitor: Monitor) -> list[Blocker]:
         """See what became of the machine, for `argv`; what of it stands against an upgrade."""
-        return await self.changes.survey(monitor, self.draft.items)
+        return await self.changes.survey(monitor)
 
     async def learn(self, monitor: Monitor) -> None:
         await self.values.learn(monitor)
@@ -85,7 +98,7 @@ class Description:
     def receipts_of(self, pid: int) -> list[dict[str, Any]]:
         """What is kept, each with the identity that proves it and, where it can, /proc's word."""
         told = []
-        for kept in self.kept:
+        for kept in self._all_kept():
             identity = kept.identity()
             if not identity:
                 continue  # there is nothing of its kind at the moment
@@ -126,7 +139,8 @@ def describe(
     ]
     draft = Draft(command_line, binary, decisions=decisions or {}, recalled=decisions is not None)
     apply(draft, rules)
-    changes = Changes()
-    draft.kept.append(changes)
+    changes = Changes(draft)
+    # The first that is taken up by another process: it knows what of the others is gone.
+    draft.kept.insert(0, changes)
     control = tuple(characters.control)
     return Description(draft, values, LifecycleRule.read(draft), control, changes)

@@ -26,7 +26,7 @@ _MFD_HUGETLB = 0x4
 _MFD_HUGE_SHIFT = 26
 
 # Properties that say where the memory comes from; ours replace them.
-_ORIGIN = ("size", "share", "mem-path", "hugetlb", "hugetlbsize", "seal", "prealloc", "shm-id")
+ORIGIN = ("size", "share", "mem-path", "hugetlb", "hugetlbsize", "seal", "prealloc", "shm-id")
 
 # QEMU's own default (MachineClass.default_ram_size), where `-m` does not say.
 DEFAULT_SIZE = 128 << 20
@@ -51,7 +51,7 @@ class GuestRam(Kept):
         self.size = size
         self.fd = -1
         self._prealloc = params.boolean("prealloc", False)
-        self._rest = params.without(*_ORIGIN)
+        self._rest = params.without(*ORIGIN)
         self._huge_page = huge_page
         self._origin = origin
         self._copies: dict[int, int] = {}
@@ -154,7 +154,7 @@ class RamRule:
     def apply(self, draft: Draft) -> None:
         for option in draft.options("object"):
             if (option.params.get("qom-type") or "").startswith("memory-backend-"):
-                self._backend(draft, option)
+                self.backend(draft, option)
         machine = draft.command_line.machine()
         if machine.get("aux-ram-share") is None:
             draft.add(Computed(_share_the_rest))
@@ -191,7 +191,8 @@ class RamRule:
     def _from_path(self, path: str | None) -> dict[str, Any]:
         return {} if path is None else {"origin": Path(path)}
 
-    def _backend(self, draft: Draft, option: Option) -> None:
+    def backend(self, draft: Draft, option: Option) -> None:
+        """Put our own memory in the place of one `-object memory-backend-*`."""
         params = option.params
         kind = params.get("qom-type")
         path = params.get("mem-path")

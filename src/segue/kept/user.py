@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 AUTO, PASST, SLIRP = "auto", "passt", "slirp"
 
-_DROPS = "user networking lives inside QEMU: connections through it will drop at an upgrade"
+DROPS = "user networking lives inside QEMU: connections through it will drop at an upgrade"
 _DEFAULT_CARD = "the default network card"
 # Machines to which QEMU adds one; in others it would complain about a card without a place.
 _HAVE_DEFAULT_CARD = ("pc", "q35", "virt")
@@ -77,7 +77,7 @@ class UserRule:
                     raise SegueError(
                         f"{said}: {plan['why']}", hint="--net-user=auto uses slirp then"
                     )
-                draft.note(said, f"{_DROPS} ({plan['why']})")
+                draft.note(said, f"{DROPS} ({plan['why']})")
         if any("why" not in p and o.name == "nic" for o, p in zip(users, plans, strict=True)):
             draft.add(*default)
             cards.split(draft)

@@ -26,6 +26,9 @@ RECEIVER = SENDER | {"late-block-activate"}
 # is asked to announce itself (virtio-net, 100 s afterwards, the latest possible).
 _PARAMETERS = {"max-bandwidth": 1 << 40, "announce-rounds": 1, "announce-initial": 100_000}
 
+# What upgrades set, and put back themselves.
+CHANGED = frozenset({*_PARAMETERS, "mode", "cpr-exec-command"})
+
 OVER = frozenset({"none", "completed", "failed", "cancelled"})
 
 

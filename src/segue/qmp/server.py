@@ -19,7 +19,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +79,9 @@ class QmpServer:
         self.log = log or logging.getLogger("segue.qmp")
         # Commands of QEMU's that the supervisor answers itself (`quit`), by name.
         self.intercept: dict[str, Handler] = {}
+        # Commands of QEMU's that the supervisor carries out on the instance, in their turn at the
+        # gate: what is to answer them, or None for those that are relayed after all.
+        self.carried_out: dict[str, Callable[[dict[str, Any]], Awaitable[Reply] | None]] = {}
         # Whether an instance's event is kept from the clients.
         self.suppress: Callable[[Event], bool] = lambda event: False
         self.observers: list[Observer] = []
@@ -261,7 +264,12 @@ class QmpServer:
     def _relay(self, client: Client, request: Request, name: str, message: dict[str, Any]) -> None:
         def start() -> None:
             assert self._upstream is not None, "nobody is greeted before there is one"
-            self._upstream.relay(message, request.fds).add_done_callback(done)
+            ours = self.carried_out.get(name)
+            work = ours(message.get("arguments", {})) if ours else None
+            if work is None:
+                self._upstream.relay(message, request.fds).add_done_callback(done)
+            else:
+                asyncio.ensure_future(work).add_done_callback(done)
 
         def done(future: asyncio.Future[Reply]) -> None:
             del client.passages[passage]

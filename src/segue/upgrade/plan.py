@@ -83,7 +83,7 @@ async def make(
         target,
         target.build_id == running.build_id and not outdated,
         tuple(blockers),
-        tuple(machine.draft.notes),
+        (*machine.draft.notes, *machine.changes.notes),
         cpu,
         mode,
         why,

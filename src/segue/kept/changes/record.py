@@ -4,14 +4,23 @@
  "devices": {ID: arguments of device_add},     what the user said of a device plugged in
  "unplugged": [ID, ...],                       devices of the command line that are gone
  "unplugged_anonymous": [N, ...],              the same without ids, by their place there
- "objects": {ID: arguments of object-add}, "objects_gone": [ID, ...],
- "netdevs": {ID: arguments of netdev_add}, "netdevs_gone": [ID, ...],
+ "objects": {ID: arguments of object-add},
+ "netdevs": {ID: arguments of netdev_add},
+ "chardevs": {ID: arguments of chardev-add or chardev-change},
  "nodes": {NODE-NAME: arguments of blockdev-add},
+ "private": {ID: why},                         memory that QEMU has by itself
+ "links": {NAME: whether it is up},
+ "passwords": [[COMMAND, arguments], ...],     of displays, one of each kind
+ "actions": {EVENT: action},                   set-action, watchdog-set-action
+ "properties": [[PATH, NAME, VALUE], ...],     qom-set
+ "nbd": whether QEMU's NBD server was started,
+ "let_go": [[KIND, NAME], ...],                what was kept and is not there any more
  "baseline": what the first instance made of the command line (survey.py)}
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -27,10 +36,16 @@ class Record:
     unplugged: list[str] = field(default_factory=list)
     unplugged_anonymous: list[int] = field(default_factory=list)
     objects: dict[str, Arguments] = field(default_factory=dict)
-    objects_gone: list[str] = field(default_factory=list)
     netdevs: dict[str, Arguments] = field(default_factory=dict)
-    netdevs_gone: list[str] = field(default_factory=list)
+    chardevs: dict[str, Arguments] = field(default_factory=dict)
     nodes: dict[str, Arguments] = field(default_factory=dict)
+    private: dict[str, str] = field(default_factory=dict)
+    links: dict[str, bool] = field(default_factory=dict)
+    passwords: list[list[Any]] = field(default_factory=list)
+    actions: dict[str, str] = field(default_factory=dict)
+    properties: list[list[Any]] = field(default_factory=list)
+    nbd: bool = False
+    let_go: list[list[str]] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
 
     def note(self, command: str, arguments: Mapping[str, Any]) -> None:
@@ -56,42 +71,71 @@ class Record:
         if "id" in arguments:
             self.devices[arguments["id"]] = arguments
 
-    def _object_add(self, arguments: Arguments) -> None:
-        self.objects[arguments["id"]] = arguments
-
     def _object_del(self, arguments: Arguments) -> None:
-        _forget(self.objects, self.objects_gone, arguments["id"])
-
-    def _netdev_add(self, arguments: Arguments) -> None:
-        self.netdevs[arguments["id"]] = arguments
-
-    def _netdev_del(self, arguments: Arguments) -> None:
-        _forget(self.netdevs, self.netdevs_gone, arguments["id"])
+        for known in (self.objects, self.private):
+            known.pop(arguments["id"], None)
 
     def _blockdev_add(self, arguments: Arguments) -> None:
         if "node-name" in arguments:
             self.nodes[arguments["node-name"]] = arguments
 
-    def _blockdev_del(self, arguments: Arguments) -> None:
-        self.nodes.pop(arguments["node-name"], None)
-
     def _blockdev_reopen(self, arguments: Arguments) -> None:
         for options in arguments["options"]:
-            self.nodes[options["node-name"]] = options
+            self._blockdev_add(options)
+
+    def _set_link(self, arguments: Arguments) -> None:
+        self.links[arguments["name"]] = arguments["up"]
+
+    def _password(self, command: str, arguments: Arguments) -> None:
+        since = arguments.get("time", "")
+        if isinstance(since, str) and since.startswith("+"):
+            arguments["time"] = str(int(time.time()) + int(since[1:]))
+        kind = (command, arguments.get("protocol", "vnc"))
+        self.passwords = [
+            [other, given]
+            for other, given in self.passwords
+            if (other, given.get("protocol", "vnc")) != kind
+        ]
+        self.passwords.append([command, arguments])
+
+    def _qom_set(self, arguments: Arguments) -> None:
+        path, name = arguments["path"], arguments["property"]
+        self.properties = [p for p in self.properties if p[:2] != [path, name]]
+        # How much of a virtio-mem is asked for goes with the state that is moved.
+        if name != "requested-size":
+            self.properties.append([path, name, arguments["value"]])
+
+    def _nbd(self, on: bool) -> None:
+        self.nbd = on
 
 
-def _forget(added: dict[str, Arguments], gone: list[str], id: str) -> None:
-    if added.pop(id, None) is None and id not in gone:
-        gone.append(id)
+def _by_id(kind: str) -> Callable[[Record, Arguments], None]:
+    return lambda record, arguments: getattr(record, kind).update({arguments["id"]: arguments})
+
+
+def _without(kind: str, key: str = "id") -> Callable[[Record, Arguments], None]:
+    return lambda record, arguments: getattr(record, kind).pop(arguments[key], None)
 
 
 _NOTED: Mapping[str, Callable[[Record, Arguments], None]] = {
     "device_add": Record._device_add,
-    "object-add": Record._object_add,
+    "object-add": _by_id("objects"),
     "object-del": Record._object_del,
-    "netdev_add": Record._netdev_add,
-    "netdev_del": Record._netdev_del,
+    "netdev_add": _by_id("netdevs"),
+    "netdev_del": _without("netdevs"),
+    "chardev-add": _by_id("chardevs"),
+    "chardev-change": _by_id("chardevs"),
+    "chardev-remove": _without("chardevs"),
     "blockdev-add": Record._blockdev_add,
-    "blockdev-del": Record._blockdev_del,
+    "blockdev-del": _without("nodes", "node-name"),
     "blockdev-reopen": Record._blockdev_reopen,
+    "set_link": Record._set_link,
+    "set_password": lambda r, a: r._password("set_password", a),
+    "change-vnc-password": lambda r, a: r._password("change-vnc-password", a),
+    "expire_password": lambda r, a: r._password("expire_password", a),
+    "set-action": lambda r, a: r.actions.update(a),
+    "watchdog-set-action": lambda r, a: r.actions.update(watchdog=a["action"]),
+    "qom-set": Record._qom_set,
+    "nbd-server-start": lambda r, _: r._nbd(True),
+    "nbd-server-stop": lambda r, _: r._nbd(False),
 }

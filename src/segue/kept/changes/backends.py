@@ -1,0 +1,188 @@
+"""Objects, network back ends and character devices as they are now: what came, what is gone.
+
+QEMU tells which there are. What a new one is, is what a client said when it added it; one that
+nobody was seen to add (typed into a human monitor) is described if all of it can be read, or is a
+blocker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from segue.errors import Blocker, CommandFailed
+from segue.kept import usernet
+from segue.kept.base import Kept, Part
+from segue.kept.changes import carried
+from segue.kept.changes.record import Record
+from segue.kept.draft import Draft, Note, Words
+from segue.kept.network import NetworkRule
+from segue.kept.user import DROPS, ForwardedPorts
+from segue.qemu.commandline import CommandLine, Option
+from segue.qemu.jsontree import flatten
+from segue.qemu.monitor import Monitor
+from segue.qemu.options import Params
+
+_NETDEV = re.compile(r"^(?: \\ )?(.*?): index=\d+,type=([a-z0-9-]+)", re.MULTILINE)
+# Objects all of whose properties can be read again.
+_READABLE = frozenset(("iothread", "rng-builtin", "rng-random", "throttle-group"))
+_UNSAID = "nobody was seen to add it, and QEMU does not tell how it was made"
+_BY_QMP = "unplug it; what is added through QMP can be kept"
+
+
+@dataclass
+class There:
+    """What an instance has, by name; objects and back ends with their types."""
+
+    objects: dict[str, str]
+    netdevs: dict[str, str]
+    chardevs: list[str]
+
+    def names(self) -> dict[str, list[str]]:
+        return {
+            "objects": sorted(self.objects),
+            "netdevs": sorted(self.netdevs),
+            "chardevs": sorted(self.chardevs),
+        }
+
+
+async def look(monitor: Monitor) -> There:
+    objects, network, chardevs = await asyncio.gather(
+        monitor.execute("qom-list", {"path": "/objects"}),
+        monitor.hmp("info network"),
+        monitor.execute("query-chardev"),
+    )
+    return There(
+        objects={
+            o["name"]: o["type"][6:-1]
+            for o in objects
+            # Since 11.1 each monitor is an object too.
+            if o["type"].startswith("child<") and not o["type"].startswith("child<monitor-")
+        },
+        netdevs={name: kind for name, kind in _NETDEV.findall(network) if kind != "nic"},
+        # QEMU makes one for as long as a human monitor's command is carried out.
+        chardevs=[c["label"] for c in chardevs if not c["label"].startswith("#")],
+    )
+
+
+@dataclass
+class Backends:
+    """`gone`: (kind, id) of what the command line made."""
+
+    gone: set[tuple[str, str]] = field(default_factory=set)
+    added: list[Option | Part] = field(default_factory=list)
+    blockers: list[Blocker] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+
+
+async def survey(
+    monitor: Monitor, record: Record, parts: Mapping[tuple[str, str], Kept], draft: Draft
+) -> Backends:
+    """Compare what there is with what there was at the start."""
+    there = await look(monitor)
+    found = Backends()
+    before: dict[str, list[str]] = record.baseline["backends"]
+    for kind, names in there.names().items():
+        said: Mapping[str, Any] = getattr(record, kind)
+        found.gone |= {(kind, name) for name in before[kind] if name not in names}
+        # Changed, or removed and added again.
+        found.gone |= {(kind, name) for name in before[kind] if name in said}
+    found.blockers += [
+        Blocker(f"memory '{id}'", why, "unplug it, or start the machine with it")
+        for id, why in record.private.items()
+        if id in there.objects
+    ]
+    new = [id for id in record.objects if id in there.objects]
+    new += [i for i in there.objects if i not in new and i not in before["objects"]]
+    for id in new:
+        if id not in record.private:
+            await _object(monitor, found, id, there.objects[id], record, parts)
+    for id in there.netdevs:
+        if id in record.netdevs:
+            _netdev(found, record.netdevs[id], draft)
+        elif id not in before["netdevs"]:
+            found.blockers.append(Blocker(f"network '{id}'", _UNSAID, _BY_QMP))
+    for id in there.chardevs:
+        if ("chardevs", id) in parts:
+            found.added.append(parts["chardevs", id])
+        elif id in record.chardevs:
+            _chardev(found, id, record.chardevs[id])
+        elif id not in before["chardevs"]:
+            found.blockers.append(Blocker(f"chardev '{id}'", _UNSAID, _BY_QMP))
+    return found
+
+
+async def _object(
+    monitor: Monitor,
+    found: Backends,
+    id: str,
+    kind: str,
+    record: Record,
+    parts: Mapping[tuple[str, str], Kept],
+) -> None:
+    if ("objects", id) in parts:
+        found.added.append(parts["objects", id])
+    elif id in record.objects:
+        words = ("-object", json.dumps(record.objects[id], separators=(",", ":")))
+        found.added.append(Words(words))
+    elif kind in _READABLE:
+        told = {"qom-type": kind, "id": id, **await _properties(monitor, id)}
+        found.added.append(Words(("-object", json.dumps(told, separators=(",", ":")))))
+    else:
+        found.blockers.append(Blocker(f"object '{id}' ({kind})", _UNSAID, _BY_QMP))
+
+
+async def _properties(monitor: Monitor, id: str) -> dict[str, Any]:
+    path = f"/objects/{id}"
+    listed = await monitor.execute("qom-list", {"path": path})
+    # A throttle group's limits are read together, and have an `x-` property each beside that.
+    names = [p["name"] for p in listed if p["name"] != "type" and not p["name"].startswith("x-")]
+    values: dict[str, Any] = {}
+    for name in names:
+        try:
+            values[name] = await monitor.execute("qom-get", {"path": path, "property": name})
+        except CommandFailed:
+            continue
+    # What an iothread tells of itself, and is not told.
+    return {name: value for name, value in values.items() if name not in ("thread-id", "opened")}
+
+
+def _netdev(found: Backends, arguments: Mapping[str, Any], draft: Draft) -> None:
+    kind, id = arguments.get("type"), arguments["id"]
+    if kind in ("tap", "bridge"):
+        found.blockers.append(
+            Blocker(
+                f"network '{id}' ({kind})",
+                "its interface was opened by the QEMU that runs, while it ran",
+                "unplug it, or start the machine with -netdev tap",
+            )
+        )
+        return
+    option = Option.of("netdev", Params.of(list(flatten(dict(arguments)))))
+    if kind == "user":
+        ports = ForwardedPorts(option) if usernet.values(option.params, "hostfwd") else None
+        found.added.append(ports or option)
+        found.kept += [ports] if ports else []
+        found.notes.append(Note(f"network '{id}'", DROPS))
+        return
+    judged = Draft(CommandLine(draft.command_line.program, (option,)), draft.binary)
+    NetworkRule().apply(judged)
+    found.added += judged.items
+    found.kept += judged.kept
+    found.blockers += judged.blockers
+    found.notes += judged.notes
+
+
+def _chardev(found: Backends, id: str, arguments: Mapping[str, Any]) -> None:
+    made = carried.chardev(arguments)
+    why = carried.why_not(made)
+    if made is None or why is not None:
+        remedy = "use a unix socket or a pty, added through QMP"
+        found.blockers.append(Blocker(f"chardev '{id}'", why or "", remedy))
+    else:
+        found.added.append(Words(tuple(carried.words(made))))
