@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from tests.qemu.harness import LIMIT, Client, Machine, Qmp, Segue, cache, qemu, wait_until
 
@@ -63,17 +65,32 @@ class Guest:
 
     def device_gone(self, id: str) -> None:
         self.qmp.command("device_del", {"id": id})
+        self.deleted(device=id)
+
+    def deleted(self, **data: str) -> None:
         wait_until(
-            f"unplugging {id}",
+            f"unplugging {data}",
             lambda: any(
-                e["event"] == "DEVICE_DELETED" and e["data"].get("device") == id
+                e["event"] == "DEVICE_DELETED" and data.items() <= e["data"].items()
                 for e in self.qmp.events
             ),
         )
 
+    def job(self, command: str, arguments: dict[str, Any], id: str) -> None:
+        """A block job until it has ended, by job-complete where it waits for that."""
+        self.qmp.command(command, arguments)
+
+        def over() -> bool:
+            jobs = {job["id"]: job["status"] for job in self.qmp.command("query-jobs")}
+            if jobs.get(id) == "ready":
+                self.qmp.command("job-complete", {"id": id})
+            return id not in jobs
+
+        wait_until(f"the end of {command}", over)
+
     def beats(self) -> None:
         """None of the guest's beats was lost."""
-        numbers = [int(n) for n in __import__("re").findall(rb"hb (\d+) ", bytes(self.beat.data))]
+        numbers = [int(n) for n in re.findall(rb"hb (\d+) ", bytes(self.beat.data))]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
     def __enter__(self) -> Guest:
@@ -218,3 +235,308 @@ def test_processors_and_memory(segue: Segue, place: Path) -> None:
             kept = guest.machine.status()["kept"]
             assert any(k["name"] == "mem9" and k["held"] for k in kept), kept
         guest.beats()
+
+
+def test_a_device_of_the_command_line_is_unplugged(segue: Segue, place: Path) -> None:
+    """Also one without an id; what is left stays where it was."""
+    image = disk(place / "first.raw")
+    more = (
+        *("-drive", f"if=none,id=d1,file={image},format=raw"),
+        *("-device", "virtio-blk-pci,drive=d1,id=first,bus=port0"),
+        *("-object", "rng-builtin,id=random"),
+        *("-device", "virtio-rng-pci,rng=random,bus=port1"),
+        *("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,id=nic,bus=port2"),
+    )
+    with Guest(segue, place, "7.2", *more) as guest:
+        guest.until("test -b /dev/vda")
+        nic = guest.run("readlink -f /sys/class/net/eth0")
+        rng = next(
+            device["qdev_id"] or ""
+            for bus in guest.qmp.command("query-pci")
+            for outer in bus["devices"]
+            for device in outer.get("pci_bridge", {}).get("devices", [])
+            if device["id"]["device"] == 0x1044
+        )
+        assert rng == ""
+        guest.device_gone("first")
+        anonymous = guest.qmp.command("qom-list", {"path": "/machine/peripheral-anon"})
+        name = next(c["name"] for c in anonymous if "rng" in c["type"])
+        path = f"/machine/peripheral-anon/{name}"
+        guest.qmp.command("device_del", {"id": path})
+        guest.deleted(path=path)
+        for release in ROUND:
+            guest.upgrade(release)
+            assert guest.run("ls /sys/block") == "" or "vda" not in guest.run("ls /sys/block")
+            assert guest.run("readlink -f /sys/class/net/eth0") == nic
+            assert "d1" not in [b["device"] for b in guest.qmp.command("query-block")]
+        guest.device_gone("nic")
+        guest.upgrade("10.0")
+        guest.beats()
+
+
+def test_a_chain_of_snapshots(segue: Segue, place: Path) -> None:
+    """Made live on two disks, one of them a -drive; committed to the bottom on another QEMU."""
+    old, new = disk(place / "old.qcow2", kind="qcow2"), disk(place / "new.qcow2", kind="qcow2")
+    more = (
+        *("-drive", f"if=none,id=old,file={old},format=qcow2,cache=none"),
+        *("-device", "virtio-blk-pci,drive=old,id=disk-old"),
+        *("-blockdev", f"qcow2,node-name=new,file.driver=file,file.filename={new}"),
+        *("-device", "virtio-blk-pci,drive=new,id=disk-new"),
+    )
+    with Guest(segue, place, "7.2", *more) as guest:
+        top = "new"
+        for number, release in enumerate(ROUND):
+            for name in ("vda", "vdb"):
+                guest.run(f"echo {name} block {number} | dd of=/dev/{name} seek={number} bs=4k")
+            guest.run("sync")
+            for node, kind in (("old", "device"), (top, "node-name")):
+                guest.qmp.command(
+                    "blockdev-snapshot-sync",
+                    {
+                        kind: node,
+                        "snapshot-file": str(place / f"{node}-{number}.qcow2"),
+                        **({"snapshot-node-name": f"top{number}"} if node == top else {}),
+                    },
+                )
+            top = f"top{number}"
+            guest.upgrade(release)
+            guest.run("echo 3 >/proc/sys/vm/drop_caches")
+            for name in ("vda", "vdb"):
+                for block in range(number + 1):
+                    said = guest.run(f"dd if=/dev/{name} skip={block} bs=4k count=1 2>/dev/null")
+                    assert f"{name} block {block}" in said
+        depths = [b["inserted"]["backing_file_depth"] for b in guest.qmp.command("query-block")]
+        assert depths == [3, 3]
+        # Down into the first overlay, and the rest into the base.
+        guest.job("block-commit", {"job-id": "j", "device": top, "base-node": "new"}, "j")
+        guest.job("block-stream", {"job-id": "s", "device": "old"}, "s")
+        guest.upgrade("11.1")
+        depths = [b["inserted"]["backing_file_depth"] for b in guest.qmp.command("query-block")]
+        assert sorted(depths) == [0, 0]
+        guest.run("echo 3 >/proc/sys/vm/drop_caches")
+        assert "vdb block 2" in guest.run("dd if=/dev/vdb skip=2 bs=4k count=1 2>/dev/null")
+        assert "vda block 2" in guest.run("dd if=/dev/vda skip=2 bs=4k count=1 2>/dev/null")
+        guest.beats()
+
+
+def test_what_clients_set(segue: Segue, place: Path) -> None:
+    one, two = disk(place / "one.raw"), disk(place / "two.raw", "8M")
+    media = [disk(place / f"cd{n}.raw", "1M") for n in range(2)]
+    for n, path in enumerate(media):
+        path.write_bytes(f"medium {n}".encode().ljust(1 << 20, b"."))
+    more = (
+        *("-drive", f"if=none,id=one,file={one},format=raw"),
+        *("-device", "virtio-blk-pci,drive=one,id=disk1"),
+        *("-blockdev", f"raw,node-name=two,file.driver=file,file.filename={two}"),
+        *("-device", "virtio-blk-pci,drive=two,id=disk2"),
+        *("-device", "virtio-scsi-pci,id=scsi"),
+        *("-drive", f"if=none,id=cd,file={media[0]},format=raw,media=cdrom,readonly=on"),
+        *("-device", "scsi-cd,drive=cd,id=cdrom"),
+        *("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,id=nic"),
+        *("-device", "virtio-balloon-pci,id=balloon"),
+        *("-device", "i6300esb,id=dog"),
+    )
+    with Guest(segue, place, "7.2", *more) as guest:
+        set = guest.qmp.command
+        guest.until("test -b /dev/sr0")
+        limits = {"bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 77, "iops_wr": 78}
+        set("block_set_io_throttle", {"device": "one", **limits, "iops_rd_max": 99})
+        set("block_resize", {"node-name": "two", "size": 24 << 20})
+        set("set_link", {"name": "nic", "up": False})
+        set("balloon", {"value": 200 << 20})
+        set("migrate-set-parameters", {"downtime-limit": 1234, "max-bandwidth": 9999999})
+        set("set-action", {"watchdog": "none", "shutdown": "pause"})
+        set("blockdev-change-medium", {"id": "cdrom", "filename": str(media[1])})
+        guest.until("test $(cat /sys/class/net/eth0/carrier 2>/dev/null || echo 0) = 0")
+        for release in ROUND:
+            guest.upgrade(release)
+            by_id = {b["qdev"]: b for b in set("query-block") if b.get("qdev")}
+            inserted = next(b["inserted"] for q, b in by_id.items() if "disk1" in q)
+            assert {k: inserted[k] for k in limits} == limits
+            assert inserted["iops_rd_max"] == 99
+            assert guest.run("cat /sys/block/vdb/size") == str((24 << 20) // 512)
+            guest.run("ip link set eth0 up")
+            assert guest.run("cat /sys/class/net/eth0/carrier") == "0"
+            assert set("query-balloon")["actual"] == 200 << 20
+            parameters = set("query-migrate-parameters")
+            assert parameters["downtime-limit"] == 1234
+            assert parameters["max-bandwidth"] == 9999999
+            guest.until("dd if=/dev/sr0 bs=2k count=1 2>/dev/null | grep -q 'medium 1'")
+        set("set_link", {"name": "nic", "up": True})
+        guest.until("test $(cat /sys/class/net/eth0/carrier) = 1")
+        set("eject", {"id": "cdrom", "force": True})
+        set("block_set_io_throttle", {"device": "one", **dict.fromkeys(limits, 0)})
+        for release in ("10.0", "7.2"):
+            guest.upgrade(release)
+            by_id = {b["qdev"]: b for b in set("query-block") if b.get("qdev")}
+            assert "inserted" not in by_id["cdrom"]
+            assert next(b for q, b in by_id.items() if "disk1" in q)["inserted"]["iops_rd"] == 0
+        guest.beats()
+        guest.shell.send(b"poweroff -f\n")
+        wait_until("pause at power-off", lambda: set("query-status")["status"] == "shutdown")
+
+
+def test_a_port_added_while_running(segue: Segue, place: Path) -> None:
+    with Guest(segue, place, "7.2") as guest:
+        address = {"type": "unix", "data": {"path": str(place / "extra")}}
+        guest.qmp.command(
+            "chardev-add",
+            {"id": "extra", "backend": {"type": "socket", "data": {"addr": address}}},
+        )
+        guest.qmp.command("chardev-add", {"id": "nothing", "backend": {"type": "null", "data": {}}})
+        guest.qmp.command(
+            "device_add", {"driver": "virtconsole", "id": "hvc", "chardev": "extra", "nr": 7}
+        )
+        client = guest.machine.connect(place / "extra")
+        guest.until("test -c /dev/hvc1")
+        guest.run("stty raw -echo </dev/hvc1")
+        for number, release in enumerate(ROUND):
+            guest.upgrade(release)
+            guest.run(f"echo out {number} >/dev/hvc1")
+            client.expect(f"out {number}".encode())
+            client.send(f"in {number}\n".encode())
+            assert guest.run("head -n 1 </dev/hvc1") == f"in {number}"
+        labels = [c["label"] for c in guest.qmp.command("query-chardev")]
+        assert {"extra", "nothing"} <= {*labels}
+        guest.device_gone("hvc")
+        guest.qmp.command("chardev-remove", {"id": "extra"})
+        client.wait(lambda: client.closed or True, "the end")
+        guest.upgrade("10.0")
+        assert "extra" not in [c["label"] for c in guest.qmp.command("query-chardev")]
+
+
+def test_what_is_typed_into_a_human_monitor(segue: Segue, place: Path) -> None:
+    """Nobody was seen to add it: it is described from what QEMU tells of it."""
+    image = disk(place / "typed.raw")
+    with Guest(segue, place, "7.2") as guest:
+        guest.hmp(f"drive_add 0 if=none,id=typed,file={image},format=raw,cache=none")
+        guest.hmp("object_add iothread,id=io7,poll-max-ns=12345")
+        guest.hmp("device_add virtio-blk-pci,drive=typed,id=t1,bus=port1,serial=TYPED,iothread=io7")
+        guest.until("test -b /dev/vda")
+        for release in ROUND:
+            guest.upgrade(release)
+            assert guest.run("cat /sys/block/vda/serial") == "TYPED"
+            told = guest.qmp.command("query-iothreads")
+            assert [(t["id"], t["poll-max-ns"]) for t in told] == [("io7", 12345)]
+        guest.device_gone("t1")
+        guest.upgrade("10.0")
+        guest.hmp("netdev_add user,id=secret")
+        assert any("network 'secret'" in why for why in guest.refused("11.1"))
+
+
+def test_what_cannot_be_kept_is_refused(segue: Segue, place: Path) -> None:
+    image = disk(place / "disk.qcow2", kind="qcow2")
+    more = (
+        *("-blockdev", f"qcow2,node-name=d,file.driver=file,file.filename={image}"),
+        *("-device", "virtio-blk-pci,drive=d,id=disk"),
+    )
+    with Guest(segue, place, "7.2", *more) as guest:
+        do = guest.qmp.command
+        do("block-dirty-bitmap-add", {"node": "d", "name": "lost"})
+        assert any("dirty bitmap 'lost'" in why for why in guest.refused("10.0"))
+        do("block-dirty-bitmap-remove", {"node": "d", "name": "lost"})
+        do("block-dirty-bitmap-add", {"node": "d", "name": "kept", "persistent": True})
+
+        address = {"type": "unix", "data": {"path": str(place / "nbd")}}
+        do("nbd-server-start", {"addr": address})
+        assert any("the NBD server" in why for why in guest.refused("10.0"))
+        do("block-export-add", {"type": "nbd", "id": "x", "node-name": "d"})
+        assert any("block export 'x'" in why for why in guest.refused("10.0"))
+        do("nbd-server-stop")
+        wait_until("the end of the export", lambda: not do("query-block-exports"))
+
+        backup = disk(place / "backup.raw")
+        do(
+            "blockdev-add",
+            {
+                "driver": "raw",
+                "node-name": "b",
+                "file": {"driver": "file", "filename": str(backup)},
+            },
+        )
+        do("blockdev-mirror", {"job-id": "m", "device": "d", "target": "b", "sync": "full"})
+        assert any("job 'm'" in why for why in guest.refused("10.0"))
+        do("block-job-cancel", {"device": "m"})
+        wait_until("the end of the job", lambda: not do("query-jobs"))
+        do("blockdev-del", {"node-name": "b"})
+
+        do(
+            "netdev_add",
+            {
+                "type": "tap",
+                "id": "t",
+                "script": "no",
+                "downscript": "no",
+                "ifname": f"sg{guest.machine.qemu_pid % 100000}",
+            },
+        )
+        assert any("network 't'" in why for why in guest.refused("10.0"))
+        do("netdev_del", {"id": "t"})
+        guest.upgrade("10.0")
+        told = do("query-named-block-nodes", {"flat": True})
+        bitmaps = [b["name"] for n in told for b in n.get("dirty-bitmaps", ())]
+        assert bitmaps == ["kept"]
+        guest.beats()
+
+
+def test_memory_whose_size_is_asked_for(segue: Segue, place: Path) -> None:
+    with Guest(segue, place, "10.0") as guest:
+        do = guest.qmp.command
+        do("object-add", {"qom-type": "memory-backend-memfd", "id": "vmem", "size": 256 << 20})
+        do(
+            "device_add",
+            {
+                "driver": "virtio-mem-pci",
+                "id": "vm0",
+                "memdev": "vmem",
+                "bus": "port2",
+                "requested-size": 0,
+            },
+        )
+        guest.run("echo online >/sys/devices/system/memory/auto_online_blocks")
+        do("qom-set", {"path": "vm0", "property": "requested-size", "value": 128 << 20})
+
+        def size() -> int:
+            devices = do("query-memory-devices")
+            return int(devices[0]["data"]["size"])
+
+        wait_until("plugging", lambda: size() == 128 << 20)
+        memory = guest.run("grep MemTotal /proc/meminfo")
+        for release in ("11.1", "10.0"):
+            guest.upgrade(release)
+            assert size() == 128 << 20
+            assert guest.run("grep MemTotal /proc/meminfo") == memory
+        assert any("virtio-mem" in why for why in guest.refused("7.2"))
+        do("qom-set", {"path": "vm0", "property": "requested-size", "value": 192 << 20})
+        wait_until("plugging more", lambda: size() == 192 << 20)
+        guest.beats()
+
+
+def test_usb(segue: Segue, place: Path) -> None:
+    image = disk(place / "stick.raw")
+    with Guest(segue, place, "7.2", "-device", "qemu-xhci,id=xhci", full=True) as guest:
+        do = guest.qmp.command
+        do(
+            "blockdev-add",
+            {
+                "driver": "raw",
+                "node-name": "stick",
+                "file": {"driver": "file", "filename": str(image)},
+            },
+        )
+        do(
+            "device_add",
+            {"driver": "usb-storage", "id": "u1", "drive": "stick", "bus": "xhci.0", "port": "3"},
+        )
+        do("device_add", {"driver": "usb-kbd", "id": "u2"})
+        guest.until("test -b /dev/sda")
+        guest.run("echo on the stick >/dev/sda; sync")
+        where = guest.run("readlink -f /sys/block/sda")
+        for release in ROUND:
+            guest.upgrade(release)
+            assert guest.run("readlink -f /sys/block/sda") == where
+            guest.run("echo 3 >/proc/sys/vm/drop_caches")
+            assert "on the stick" in guest.run("head -c 12 /dev/sda")
+        guest.device_gone("u1")
+        guest.until("! test -b /dev/sda")
+        guest.upgrade("10.0")

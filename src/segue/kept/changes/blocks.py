@@ -67,6 +67,8 @@ def survey(graph: Graph, options: Sequence[tuple[int, Option]], record: Record) 
     for name, root in graph.drives.items():
         if before["drives"].get(name) == _drive_text(graph, name):
             continue
+        if root is None and name not in drives and not graph.backends[name].get("qdev"):
+            continue  # one that some releases make for nothing
         if name in drives:
             index, option = drives[name]
             found.altered[index] = option.with_params(_drive(writer, option.params, root))
