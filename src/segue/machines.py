@@ -2,6 +2,8 @@
 
     RUN_ROOT/NAME/          mode 0700; /run/segue for root, else $XDG_RUNTIME_DIR/segue
         lock                flock'ed by the supervisor for its whole life; holds "PID START\\n"
+        machine.json        what a supervisor needs that takes the machine up (keeper.py)
+        clients             of the QMP server (keeper.py)
         status.json         what `segue-query` answers, as of the last change (atomic rename)
         qmp.sock            the supervisor's QMP server
         qmp.log             who connected to it (and qmp.log.1)
@@ -20,6 +22,7 @@ name fail.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -117,6 +120,11 @@ def is_alive(pid: object, start_time: object) -> bool:
     return isinstance(pid, int) and pid > 0 and process_start_time(pid) == start_time
 
 
+def _whose() -> bytes:
+    """What an owner writes into `lock`."""
+    return b"%d %d\n" % (os.getpid(), process_start_time(os.getpid()) or 0)
+
+
 @dataclass
 class MachineDirectory:
     """One machine's run directory. Only one that came from create() owns the machine."""
@@ -145,6 +153,10 @@ class MachineDirectory:
         return self.path / "console.sock"
 
     @property
+    def machine(self) -> Path:
+        return self.path / "machine.json"
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal"
 
@@ -160,6 +172,17 @@ class MachineDirectory:
     def lock_descriptor(self) -> int | None:
         """The flock'ed descriptor of an owner (close-on-exec)."""
         return self._lock
+
+    @classmethod
+    def take_over(cls, name: str) -> MachineDirectory:
+        """Own a machine whose supervisor has died; all that it left stays.
+
+        Raises NoSuchMachine, Refused where it has a supervisor.
+        """
+        find_any(name)
+        directory = cls(run_root() / name)
+        directory._acquire(clear=False)
+        return directory
 
     @classmethod
     def create(cls, name: str) -> MachineDirectory:
@@ -185,7 +208,12 @@ class MachineDirectory:
             ) from error
         return directory
 
-    def _acquire(self) -> None:
+    @classmethod
+    def owned(cls, name: str, lock: int) -> MachineDirectory:
+        """That of a machine whose lock this process has already, from before it executed itself."""
+        return cls(run_root() / name, lock)
+
+    def _acquire(self, clear: bool = True) -> None:
         while self._lock is None:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
@@ -205,8 +233,12 @@ class MachineDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Between open and flock the last owner may have removed what we have opened.
                 if os.fstat(lock).st_nlink:
-                    self._clear_leftovers()
-                    self._say_whose(lock)
+                    if clear:
+                        self._clear_leftovers()
+                        self._say_whose(lock)
+                    else:
+                        with contextlib.suppress(OSError):  # a full disk
+                            os.ftruncate(lock, os.pwrite(lock, _whose(), 0))
                     self._lock, lock = lock, -1
             except BlockingIOError:
                 pid = self.owner()[0]
@@ -221,21 +253,39 @@ class MachineDirectory:
     def _say_whose(self, lock: int) -> None:
         try:
             os.ftruncate(lock, 0)
-            os.write(lock, b"%d %d\n" % (os.getpid(), process_start_time(os.getpid()) or 0))
+            os.write(lock, _whose())
         except OSError:  # the file system is full
             self.lock.unlink()
             self.path.rmdir()
             raise
 
     def _clear_leftovers(self) -> None:
-        left = self.read_status()
-        if is_alive(left.get("qemu_pid"), left.get("qemu_start_time")):
+        pid = self.left_running()
+        if pid is not None:
             raise Refused(
-                f"the QEMU of machine {self.name} (pid {left['qemu_pid']}) still runs, "
+                f"the QEMU of machine {self.name} (pid {pid}) still runs, "
                 "though its supervisor has died",
-                hint=f"choose another --name, or end that guest with: kill {left['qemu_pid']}",
+                hint=f"take it up again with: segue recover {self.name}",
             )
         self._clear()
+
+    def left_running(self) -> int | None:
+        """The pid of a QEMU of this machine that lives, whoever of the last upgrade's it is."""
+        left = self.read_status()
+        known = [(left.get("qemu_pid"), left.get("qemu_start_time"))]
+        try:
+            journal = json.loads(self.journal.read_bytes())
+            known += [
+                (each["pid"], each["start_time"])
+                for each in (journal["incumbent"], journal["successor"])
+                if each
+            ]
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+        for pid, start_time in known:
+            if isinstance(pid, int) and is_alive(pid, start_time):
+                return pid
+        return None
 
     def owner(self) -> tuple[int | None, int | None]:
         """(pid, start time) of the supervisor, as it wrote them."""
@@ -295,6 +345,12 @@ class MachineDirectory:
                 continue
         return receipts
 
+    def let_go(self) -> None:
+        """Own the machine no more; all stays as it is."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def remove(self) -> None:
         """Remove the directory with all that is in it, then let go of the name."""
         self._clear()
@@ -307,9 +363,7 @@ class MachineDirectory:
             # Somebody has put a file there meanwhile; that does not keep the name taken.
             if error.errno != errno.ENOTEMPTY:
                 raise
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self.let_go()
 
     def _clear(self) -> None:
         for folder, folders, files in os.walk(self.path, topdown=False):
@@ -352,7 +406,7 @@ def status_of(directory: MachineDirectory) -> MachineStatus:
     pid, start_time = directory.owner()
     if is_alive(pid, start_time):
         state = str(report.get("state", "starting"))
-    elif is_alive(report.get("qemu_pid"), report.get("qemu_start_time")):
+    elif directory.left_running() is not None:
         state = "orphaned"
     else:
         state = "dead"
@@ -382,7 +436,7 @@ def find(name: str) -> MachineStatus:
     if machine.state == "orphaned":
         raise NotRunning(
             f"the supervisor of machine {name} has died",
-            hint=f"its QEMU runs on as process {machine.report['qemu_pid']}",
+            hint=f"its guest runs on; take it up again with: segue recover {name}",
             guest="running without a supervisor",
         )
     raise NotRunning(

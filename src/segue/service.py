@@ -52,6 +52,7 @@ class Service:
                 Command("segue-upgrade", self.upgrade, upgrade),
                 Command("segue-suspend", self.suspend, suspend),
                 Command("segue-history", self.history, read_only=True),
+                Command("segue-reexec", self.reexec, {"python": (str, False)}),
                 Command("segue-stop", self.stop, {"timeout": (float, False)}),
             )
         }
@@ -112,6 +113,13 @@ class Service:
 
     async def history(self, arguments: dict[str, Any], client: Client) -> list[dict[str, Any]]:
         return list(self._supervisor.receipts)
+
+    async def reexec(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
+        """It is the next process that answers, unless there is none."""
+        from segue.reexec import reexec
+
+        await reexec(self._supervisor, client, arguments.get("python"))
+        raise AssertionError("exec() returned")
 
     async def stop(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
         """ACPI power-off, then `quit`, then SIGKILL, each with its time limit.

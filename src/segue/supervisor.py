@@ -17,20 +17,23 @@ import sys
 import syslog
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import segue
+from segue import checkpoint
 from segue.detach import SIGNALS, detached
 from segue.errors import SegueError
-from segue.kept.base import Lending
+from segue.keeper import Keeper
+from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.changes.survey import Changes
 from segue.kept.description import Description, describe
 from segue.kept.display import VncAddress
 from segue.kept.files import KeptFile
+from segue.kept.guard import Guard
 from segue.kept.lent import AddFd, Lent
 from segue.kept.mux import Mux
 from segue.kept.ram import GuestRam
@@ -43,9 +46,12 @@ from segue.qemu.chardevs import Chardev
 from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import Instance, start_time
 from segue.qemu.monitor import Event
+from segue.qmp.commands import error_of
 from segue.qmp.gate import Gate
+from segue.qmp.listener import Listener
 from segue.qmp.log import LogFile, logger
 from segue.qmp.server import QmpServer
+from segue.saved import Loader
 from segue.service import Service
 from segue.suspended import Suspended
 from segue.upgrade import resume, scout
@@ -61,6 +67,9 @@ _STATE_EVENTS = frozenset(
 _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 _ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
 _HISTORY = 1000
+
+Ready = Callable[[], None]
+
 # Seconds for the answer to what has ended the machine.
 _LAST_ANSWERS = 10.0
 # Seconds for QEMU to say how its guest is, before that is "unresponsive".
@@ -83,7 +92,7 @@ class Supervisor:
         self.directory = directory
         self._suspended = suspended
         self._to = to
-        self._net_user = net_user
+        self.net_user = net_user
         self.line = line
         self.detached = detached
         self.since = time.time()
@@ -98,7 +107,13 @@ class Supervisor:
         self.server: QmpServer
         self.started: mapped.Started | None = None
         self.upgrader = Upgrader(self)
-        self._exit_status: int | None = None
+        self.keeper = Keeper(self)
+        self.successor: Instance | None = None
+        self.guards: dict[int, Guard] = {}
+        self.controls: list[tuple[Server, list[Listener]]] = []
+        self.console_listener: socket.socket | None = None
+        self.qmp_listener: socket.socket
+        self.exit_status: int | None = None
         self._starting: asyncio.Task[Any] | None = None
         self._suppressed: frozenset[str] = frozenset()
         self._ended: asyncio.Future[int]
@@ -109,49 +124,59 @@ class Supervisor:
 
         Raises SegueError if it cannot be started; nothing is left over then either.
         """
-        loop = asyncio.get_running_loop()
-        self._ended = loop.create_future()
+        self.handle_signals()
         self._starting = asyncio.current_task()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._signalled, number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             with contextlib.ExitStack() as stack:
                 try:
                     await self._start(stack)
                 except asyncio.CancelledError:
-                    return self._exit_status or 1
+                    return self.exit_status or 1
                 self._starting = None
                 ready()
-                status = await self._ended
-                await self.upgrader.finished()
-                await self.server.finish(_LAST_ANSWERS)
-                return status
+                return await self._live()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            self._pidfile_remove()
-            self.directory.remove()
+            self._clear_away()
+
+    def handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._signalled, number)
+
+    async def live(self, stack: contextlib.ExitStack) -> int:
+        """As `run`, of a machine that was taken up; `stack` is what `go_on` has filled."""
+        try:
+            with stack:
+                return await self._live()
+        finally:
+            self._clear_away()
+
+    async def _live(self) -> int:
+        status = await self._ended
+        await self.upgrader.finished()
+        await self.server.finish(_LAST_ANSWERS)
+        return status
+
+    def _clear_away(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._pidfile_remove()
+        self.directory.remove()
 
     async def _start(self, stack: contextlib.ExitStack) -> None:
         self.binary = await probe(self._to or Path(self.line.program))
-        self.machine = describe(self.line, self.binary, net_user=self._net_user)
+        self.machine = describe(self.line, self.binary, net_user=self.net_user)
         if self._suspended is not None:
             self._suspended.point_at_files(
                 [kept for kept in self.machine.kept if isinstance(kept, KeptFile)]
             )
-        self._log = os.open(
-            self.directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
-        stack.callback(os.close, self._log)
+        self.open_log(stack)
         self._pidfile_write()
         for kept in self.machine.kept:
             stack.callback(kept.close)
-            if isinstance(kept, Broker):
-                kept.replace_backend = partial(self._replace_backend, kept.shared)
-            elif isinstance(kept, Mux):
-                kept.on_quit = self._quit
-            kept.move_in(self.run_directory, self._say)
+            self._connect(kept)
             await kept.start()
         self._serve_console(stack)
         self.server = self._make_server(stack)
@@ -164,7 +189,7 @@ class Supervisor:
         await self.instance.connect(timeout=86400)
         if self._suspended is not None:
             await resume.load(self._suspended, self.instance)
-        self.server.listen_unix(self.directory.qmp)
+        self.qmp_listener = self.server.listen_unix(self.directory.qmp).sock
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
         if self._suspended is not None:
@@ -172,6 +197,68 @@ class Supervisor:
             await resume.go_on(self._suspended, self.instance, self.run_directory)
         self.started = mapped.remember(self.binary.path, self.instance.pid)
         await self.refresh()
+        self._keep(stack)
+
+    async def take_up(
+        self, stack: contextlib.ExitStack, data: dict[str, Any], loader: Loader
+    ) -> None:
+        """Go on with a machine that another process had (checkpoint.py), but for its instances.
+
+        Whatever is raised: until `go_on`, `stack` must not be unwound, since that would end what
+        others still have.
+        """
+        checkpoint.recall(self, data)
+        self.open_log(stack)
+        for kept in self.machine.kept:
+            self._connect(kept)
+        checkpoint.load_guards(self, data, loader)
+        await checkpoint.load_kept(self, data, loader)
+        self.server = self._make_server(stack)
+        for number, saved in enumerate(data["control"]):
+            await self._load_control(number, saved, loader)
+        self._load_listeners(data, loader)
+        self.journal = Journal(self.directory.journal)
+
+    def go_on(self, stack: contextlib.ExitStack) -> None:
+        """All of it has been taken up: at its end it is this process that closes it."""
+        for kept in self.machine.kept:
+            stack.callback(kept.close)
+        for end, _ in self.controls:
+            stack.callback(end.close)
+        if self.console_listener is not None:
+            self._accept_on_console(stack, self.console_listener)
+        stack.callback(self.journal.close)
+        stack.callback(self._kill_whatever_is_left)
+        self._keep(stack)
+
+    def _keep(self, stack: contextlib.ExitStack) -> None:
+        """From now on the machine outlives this process."""
+        stack.callback(self.keeper.close)
+        self.keeper.begin()
+
+    def open_log(self, stack: contextlib.ExitStack) -> None:
+        self._log = os.open(
+            self.directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        stack.callback(os.close, self._log)
+
+    def _connect(self, kept: Kept) -> None:
+        kept.changed = self.keeper.changed
+        kept.move_in(self.run_directory, self._say)
+        if isinstance(kept, Broker):
+            kept.replace_backend = partial(self._replace_backend, kept.shared)
+        elif isinstance(kept, Mux):
+            kept.on_quit = self._quit
+
+    @property
+    def instances(self) -> list[Instance]:
+        """The one that is served, and during an upgrade its successor."""
+        return list(dict.fromkeys(each for each in (self.instance, self.successor) if each))
+
+    async def safeguard(self, successor: Instance | None) -> None:
+        """An upgrade is about to pause the guest: what this process has, both instances hold."""
+        self.successor = successor
+        await self.keeper.safeguard()
 
     async def _first_lending(self) -> Lending:
         """What a resumed machine is given is what a successor would be."""
@@ -189,7 +276,7 @@ class Supervisor:
             "segue": segue.__version__,
             "name": self.directory.name,
             "command": self.line.argv(),
-            "net_user": self._net_user,
+            "net_user": self.net_user,
             "directory": os.getcwd(),
             "binary": str(self.binary.path),
             "qemu_version": self.binary.version_text,
@@ -207,13 +294,15 @@ class Supervisor:
                 lending.number,
                 [*argv, *guard.arguments],
                 (*lending.descriptors, *guard.descriptors),
-                on_stderr=self._qemu_says,
+                on_stderr=self.qemu_says,
                 stdout=None if not self.detached else self._log,
                 before_exec=guard.before_exec if guard.armed else None,
             )
         except subprocess.SubprocessError:
             raise SegueError(f"QEMU's guard: {guard.why_not_started()}") from None
         guard.serve()
+        if guard.armed:
+            self.guards[lending.number] = guard
         self.adopt(instance)
         return instance
 
@@ -231,7 +320,7 @@ class Supervisor:
             argv,
             ends,
             (),
-            on_stderr=self._qemu_says,
+            on_stderr=self.qemu_says,
             stdout=None if not self.detached else self._log,
             command=command,
             environment=environment,
@@ -279,6 +368,9 @@ class Supervisor:
 
     def record(self, receipt: dict[str, Any]) -> None:
         """Keep a receipt, also where the disk is full."""
+        self.successor = None
+        self.keeper.write()
+        self.keeper.changed()
         self.receipts.append(receipt)
         with contextlib.suppress(OSError), self.directory.receipts.open("a") as file:
             file.write(json.dumps(receipt) + "\n")
@@ -302,7 +394,7 @@ class Supervisor:
         life = self.machine.lifecycle
         if name == "GUEST_PANICKED":
             if life.panic == "exit-failure":
-                self._exit_status = 1
+                self.exit_status = 1
             wanted = life.panic in ("shutdown", "exit-failure")
             wanted = wanted and (life.panic == "exit-failure" or life.shutdown == "poweroff")
         else:
@@ -311,6 +403,13 @@ class Supervisor:
             await self._execute("quit")
         else:
             await self.refresh()
+
+    async def guest_may_have_ended(self) -> None:
+        """Its event may have been told to a process that was killed."""
+        if self.state == "shutdown":
+            await self._guest_ended("SHUTDOWN", {})
+        elif self.state == "guest-panicked":
+            await self._guest_ended("GUEST_PANICKED", {})
 
     async def refresh(self) -> None:
         """Ask for the guest's state and write it where `segue ls` looks."""
@@ -383,6 +482,8 @@ class Supervisor:
             for kept in self.machine.kept
             if isinstance(kept, Lent | AddFd | Changes | VncAddress)
         ]
+        server.changed = self.keeper.changed
+        server.busy = self.keeper.busy()
         changes = self.machine.changes
         changes.incumbent = lambda: (self.instance.monitor, self.instance.number)
         changes.say = self._say
@@ -399,10 +500,7 @@ class Supervisor:
         """
         end = Server(chardev.id, chardev.params, self._say)
         stack.callback(end.close)
-        listeners = []
-        for sock in await end.listen():
-            sock.listen(128)
-            listeners.append(self.server.adopt_listener(sock, pretty))
+        listeners = self._adopt_listeners(end, await end.listen(), pretty)
         if chardev.params.boolean("wait", True):
             end.say_waiting()
             waiting = [asyncio.ensure_future(each.first_client()) for each in listeners]
@@ -410,17 +508,49 @@ class Supervisor:
             for each in waiting:
                 each.cancel()
 
+    def _adopt_listeners(
+        self, end: Server, socks: list[socket.socket], pretty: bool
+    ) -> list[Listener]:
+        listeners = []
+        for sock in socks:
+            sock.listen(128)
+            listeners.append(self.server.adopt_listener(sock, pretty))
+        self.controls.append((end, listeners))
+        return listeners
+
+    async def _load_control(self, number: int, saved: dict[str, Any], loader: Loader) -> None:
+        chardev, pretty = self.machine.control[number]
+        end = Server(chardev.id, chardev.params, self._say)
+        socks = await end.load_listeners(saved, loader.within(f"control{number}"))
+        self._adopt_listeners(end, socks, pretty)
+
+    def _load_listeners(self, data: dict[str, Any], loader: Loader) -> None:
+        """Those of the run directory; new ones where they are lost."""
+        listener = self.server.listen_unix(self.directory.qmp, found=loader.socket("qmp"))
+        self.qmp_listener = listener.sock
+        if data["console"]:
+            self.console_listener = loader.socket("console") or self._listen_on_console()
+
     def _serve_console(self, stack: contextlib.ExitStack) -> None:
         """A socket for `segue console`, on the first serial device that is kept."""
-        broker = self.machine.console()
-        if broker is None:
-            return
+        if self.machine.console() is not None:
+            self.console_listener = self._listen_on_console()
+            self._accept_on_console(stack, self.console_listener)
+
+    def _listen_on_console(self) -> socket.socket:
         path = self.directory.console
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        stack.callback(listener.close)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         os.chmod(path, 0o600)
         listener.listen()
+        return listener
+
+    def _accept_on_console(self, stack: contextlib.ExitStack, listener: socket.socket) -> None:
+        broker = self.machine.console()
+        assert broker is not None
+        listener.setblocking(False)
+        stack.callback(listener.close)
         loop = asyncio.get_running_loop()
 
         def accept() -> None:
@@ -430,7 +560,7 @@ class Supervisor:
         loop.add_reader(listener.fileno(), accept)
         stack.callback(loop.remove_reader, listener.fileno())
 
-    def _qemu_says(self, chunk: bytes) -> None:
+    def qemu_says(self, chunk: bytes) -> None:
         """QEMU's stderr: into its log, and where the user would have seen it."""
         with contextlib.suppress(OSError):
             os.write(self._log, chunk)
@@ -452,7 +582,7 @@ class Supervisor:
             self._say(f"QEMU (pid {self.instance.pid}) was killed by signal {status - 128}")
         elif status:
             self._say(f"QEMU (pid {self.instance.pid}) ended with exit status {status}")
-        self._ended.set_result(status if self._exit_status is None else self._exit_status)
+        self._ended.set_result(status if self.exit_status is None else self.exit_status)
 
     def _say(self, text: str) -> None:
         text = f"{self.directory.name}: {text}"
@@ -465,8 +595,11 @@ class Supervisor:
     def _signalled(self, number: int) -> None:
         """As QEMU: these end the machine, but never in the middle of an upgrade."""
         if self._starting is not None:
-            self._exit_status = 128 + number
+            self.exit_status = 128 + number
             self._starting.cancel()
+            return
+        if number == signal.SIGHUP and (self.detached or "NOTIFY_SOCKET" in os.environ):
+            self._later(self._reload())
             return
         self._later(self._pass_on(number))
 
@@ -474,6 +607,21 @@ class Supervisor:
         self.upgrader.call_off()
         await self.upgrader.finished()
         self.instance.signal(number)
+
+    async def _reload(self) -> None:
+        """SIGHUP, where it does not mean that a terminal is gone."""
+        from segue import reexec
+
+        await self.upgrader.finished()
+        try:
+            await reexec.reexec(self, None)
+        except SegueError as error:
+            self.not_replaced(error)
+
+    def not_replaced(self, why: SegueError) -> None:
+        """Other code was to take this process's place, and did not."""
+        self.server.answer_asker(error_of(why))
+        self._say(why.what)
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -506,8 +654,8 @@ def run(name: str | None, argv: list[str], *, detach: bool, net_user: str = AUTO
     if line.only_prints:
         os.execvp(argv[0], argv)  # noqa: S606
     if detach or line.daemonize:
-        return _detached(name, line, net_user=net_user)
-    return _supervise(name, line, detached=False, ready=lambda: None, net_user=net_user)
+        return detached(partial(_supervise, name, line, detached=True, net_user=net_user))
+    return _supervise(name, line, tell_systemd, detached=False, net_user=net_user)
 
 
 def run_suspended(suspended: Suspended, name: str, to: Path | None, *, detach: bool) -> int:
@@ -520,19 +668,34 @@ def run_suspended(suspended: Suspended, name: str, to: Path | None, *, detach: b
         "net_user": suspended.machine.get("net_user", AUTO),
     }
     if detach:
-        return _detached(name, line, **more)
-    return _supervise(name, line, detached=False, ready=lambda: None, **more)
+        return detached(partial(_supervise, name, line, detached=True, **more))
+    return _supervise(name, line, tell_systemd, detached=False, **more)
+
+
+def recover(name: str, *, detach: bool) -> int:
+    """`segue recover`: a machine whose supervisor was killed is taken up; see recovery.py."""
+    from segue import recovery
+
+    def supervise(ready: Ready) -> int:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        return recovery.recover(MachineDirectory.take_over(name), ready, detached=detach)
+
+    return detached(supervise) if detach else supervise(tell_systemd)
+
+
+def tell_systemd() -> None:
+    """The machine is up, for Type=notify. Without systemd nothing happens."""
+    if "NOTIFY_SOCKET" in os.environ:
+        from segue.cpr.systemd import Notifier
+
+        Notifier.from_environment().ready()
 
 
 def _supervise(
-    name: str | None, line: CommandLine, *, detached: bool, ready: Any, **more: Any
+    name: str | None, line: CommandLine, ready: Ready, *, detached: bool, **more: Any
 ) -> int:
     # Until the loop can handle them: what is made from here on must not be left behind.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     directory = MachineDirectory.create(name or default_name(line.argv()))
     supervisor = Supervisor(directory, line, detached=detached, **more)
     return asyncio.run(supervisor.run(ready))
-
-
-def _detached(name: str | None, line: CommandLine, **more: Any) -> int:
-    return detached(lambda ready: _supervise(name, line, detached=True, ready=ready, **more))

@@ -367,6 +367,11 @@ class Qmp:
         assert result is not None, f"no event {data}; there were {self.events[-5:]}"
         return result
 
+    def abandon(self) -> None:
+        """What was begun will not be answered: the supervisor is about to be killed."""
+        for task in asyncio.all_tasks(self._loop):
+            self._loop.call_soon_threadsafe(task.cancel)
+
     def close(self) -> None:
         async def end() -> None:
             self._listening.cancel()

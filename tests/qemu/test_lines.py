@@ -8,6 +8,7 @@ on the tiny guest.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pty
 import re
@@ -187,6 +188,36 @@ def test_each_number_once_and_in_order_through_every_release(guest: Guest) -> No
         assert not [kept for kept in receipt["kept"] if kept.get("held") is False]
         guest.board.moving()
         guest.check()
+
+
+def through(guest: Guest, reexecs: int, upgrades: int) -> None:
+    """A supervisor that becomes another again and again, and QEMU too, under a flood."""
+    flooded = ("/dev/hvc2", PORT)
+    releases = itertools.cycle(("10.0", "11.1", "7.2"))
+    steps = sorted(
+        [(n / reexecs, "reexec") for n in range(reexecs)]
+        + [(n / upgrades, "upgrade") for n in range(upgrades)]
+    )
+    for _, step in steps:
+        guest.board.flood(True, *flooded)
+        if step == "reexec":
+            done = guest.segue("reexec", "lines")
+            assert done.returncode == 0, done.stderr
+        else:
+            guest.machine.handed_over("--to", qemu(next(releases)))
+        guest.board.flood(False, *flooded)
+        guest.board.moving()
+        guest.check()
+
+
+def test_each_number_once_and_in_order_through_newer_supervisors(guest: Guest) -> None:
+    through(guest, reexecs=4, upgrades=1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_fifty_supervisors_and_twenty_upgrades(guest: Guest) -> None:
+    through(guest, reexecs=50, upgrades=20)
 
 
 @pytest.mark.parametrize("name", ["/dev/ttyS1", "/dev/ttyS2", "/dev/hvc3", "/dev/hvc5"])

@@ -16,8 +16,8 @@ import pytest
 from segue.kept.base import Lending
 from segue.kept.frames import BUFFER, Frames, Garbled
 from segue.kept.relay import Relay, StreamFar
-from segue.kept.saved import Loader, Saver
 from segue.qemu.binary import Binary
+from segue.saved import Loader, Saver
 
 
 def frame(number: int, size: int = 60) -> bytes:

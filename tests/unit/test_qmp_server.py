@@ -409,7 +409,7 @@ def test_a_connection_can_be_taken_up_by_another_server() -> None:
             (client,) = [c for c in world.server.clients if c.number == 1]
             state = client.state()
             sock = socket.socket(fileno=os.dup(client.sock.fileno()))
-            client.close("it moves")
+            client.close("it moves", hang_up=False)
             successor = QmpServer({})
             successor.upstream = Instance("second")
             successor.adopt(sock, state=state)

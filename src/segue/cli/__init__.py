@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command line; returns the exit status. A mistake ends in what and hint."""
     output.prepare_streams()
     try:
+        if "SEGUE_CPR" in os.environ:
+            from segue import reexec
+
+            return reexec.main()
         arguments = parser.parse(sys.argv[1:] if argv is None else argv)
         status: int = arguments.run(arguments)
         sys.stdout.flush()

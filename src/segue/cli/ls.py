@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 List your machines. OUTDATED says why an upgrade would be useful: the file of
-the running QEMU, or a library that it uses, has been replaced since."""
+the running QEMU, or a library that it uses, has been replaced since. The
+supervisor of an orphaned machine has died: `segue recover` takes it up again.
+Its guard, if it has a tap, is unanswered: a guest waits that sets that up anew.
+"""
 
 
 def declare(commands: Commands) -> None:

@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 
 from segue.kept.guard import Guard
-from segue.kept.saved import Loader, Saver
 from segue.qemu.binary import Binary
 from segue.qemu.monitor import Monitor
+from segue.saved import Loader, Saver
 
 
 @dataclass

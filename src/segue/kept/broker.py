@@ -38,8 +38,8 @@ from segue.kept.channel import Channel, Watches
 from segue.kept.endpoints import Endpoint, Say
 from segue.kept.pair import Pair
 from segue.kept.prompt import Prompt
-from segue.kept.saved import Loader, Saver, raw
 from segue.kept.viewer import Viewer
+from segue.saved import Loader, Saver, raw
 
 TO_CLIENT = 1 << 20
 TO_GUEST = 4096  # CHR_READ_BUF_LEN
@@ -135,6 +135,7 @@ class Broker(Kept):
             for number, pair in data["pairs"].items()
         }
         self._serving, self._refused = data["serving"], data["refused"]
+        self._held = loader.held
         if data["prompt"] is not None and self._prompt is not None:
             self._prompt = Prompt.load(data["prompt"])
         self.to_guest += raw(data["to_guest"])

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from segue.kept.saved import Loader, Saver
+from segue.saved import Loader, Saver
 
 _SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 # UDP has no stream to cut at will: what fits an Ethernet frame.

@@ -11,10 +11,10 @@ from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.endpoints import Endpoint, Pipe, Say, Udp
 from segue.kept.mux import Front, Mux
-from segue.kept.saved import Loader, Saver
 from segue.kept.sockets import Client, Server
 from segue.kept.terminal import Pty, Stdio
 from segue.qemu.chardevs import Chardev
+from segue.saved import Loader, Saver
 
 # They hold nothing outside QEMU.
 UNCHANGED = frozenset(

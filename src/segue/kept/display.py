@@ -14,9 +14,9 @@ from typing import Any
 
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
-from segue.kept.saved import Loader, Saver
 from segue.qemu.monitor import Monitor
 from segue.qemu.options import Params
+from segue.saved import Loader, Saver
 
 # Windows and protocols that live inside QEMU's process.
 _INSIDE = ("gtk", "sdl", "curses", "cocoa", "spice-app", "dbus", "egl-headless")

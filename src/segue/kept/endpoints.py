@@ -15,8 +15,8 @@ from typing import Any
 
 from segue.errors import SegueError
 from segue.kept.channel import Channel, DatagramChannel, Descriptor, DescriptorChannel
-from segue.kept.saved import Loader, Saver
 from segue.qemu.options import Params
+from segue.saved import Loader, Saver
 
 Say = Callable[[str], None]
 

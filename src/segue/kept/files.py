@@ -17,8 +17,8 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
-from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
+from segue.saved import Loader, Saver
 
 # Options whose whole value is a path, and those that name one under a key.
 _WHOLE = ("kernel", "initrd", "dtb", "shim", "bios", "option-rom")

@@ -17,7 +17,7 @@ from collections import deque
 from itertools import islice
 from typing import Any
 
-from segue.kept.saved import Saver, raw
+from segue.saved import Saver, raw
 
 HEADER = 4
 # NET_BUFSIZE, the longest that QEMU takes; passt sends less. More is no length.

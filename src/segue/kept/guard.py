@@ -28,8 +28,8 @@ from typing import Any, Protocol
 
 from segue.errors import SegueError
 from segue.kept import seccomp
-from segue.kept.saved import Loader, Saver
 from segue.kept.seccomp import Notification
+from segue.saved import Loader, Saver
 
 BELL_ID = "segue-bell"
 

@@ -17,9 +17,9 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Draft
-from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
+from segue.saved import Loader, Saver
 
 _WORD = re.compile(r"[^\s,=:]+")
 

@@ -23,7 +23,7 @@ from segue.kept.base import Kept, Lending
 from segue.kept.broker import TO_CLIENT, TO_GUEST, Broker
 from segue.kept.channel import Channel, SocketChannel, Watches
 from segue.kept.endpoints import Endpoint
-from segue.kept.saved import Loader, Saver, raw
+from segue.saved import Loader, Saver, raw
 
 _PIECE = 65536
 _HELP = (

@@ -14,7 +14,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from segue.kept.saved import Loader, Saver
+from segue.saved import Loader, Saver
 
 # Towards the guest: small, since what waits there at an upgrade is taken back in the blackout.
 # The kernel doubles it, and counts about 0.8 KiB for each single byte that was sent alone.

@@ -23,8 +23,8 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.relay import Relay, StreamFar
-from segue.kept.saved import Loader, Saver
 from segue.qemu.instance import start_time
+from segue.saved import Loader, Saver
 
 # The first that was tried and found to be right. 2023-03-09, Debian 12's, corrupts data towards
 # the guest with no upgrade at all.

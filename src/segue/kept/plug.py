@@ -19,9 +19,9 @@ from segue.kept.channel import Channel, SocketChannel, socket_cookie
 from segue.kept.endpoints import resolve
 from segue.kept.frames import HEADER, Frames
 from segue.kept.relay import Far, StreamFar
-from segue.kept.saved import Loader, Saver
 from segue.kept.sockets import Client, Server
 from segue.qemu.options import Params
+from segue.saved import Loader, Saver
 
 # asm-generic/socket.h; Python has no name for it.
 _SO_RCVBUFFORCE = 33

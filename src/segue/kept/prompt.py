@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from segue.kept.saved import raw, text
+from segue.saved import raw, text
 
 _PROMPT = b"(qemu) "
 _END_OF_LINE, _BACKSPACE = b"\x05", b"\x7f"

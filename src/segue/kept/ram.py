@@ -17,9 +17,9 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.base import Kept, Lending
 from segue.kept.draft import Computed, Draft, Words
-from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 from segue.qemu.options import Params, format_size, parse_size
+from segue.saved import Loader, Saver
 
 # /usr/include/linux/memfd.h: log2 of the page size, shifted.
 _MFD_HUGETLB = 0x4

@@ -24,7 +24,7 @@ from segue.kept.base import Lending
 from segue.kept.channel import Watches
 from segue.kept.frames import BUFFER, Frames, Garbled
 from segue.kept.pair import Pair
-from segue.kept.saved import Loader, Saver
+from segue.saved import Loader, Saver
 
 # So small that a socket takes all of it or nothing: a frame is torn only if it is longer.
 _PIECE = 1 << 14

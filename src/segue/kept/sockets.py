@@ -13,9 +13,9 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.channel import Channel, SocketChannel, socket_cookie
 from segue.kept.endpoints import Endpoint, Say, address_family, resolve
-from segue.kept.saved import Loader, Saver
 from segue.kept.telnet import TelnetChannel
 from segue.qemu.options import Params
+from segue.saved import Loader, Saver
 
 _BACKLOG = 1  # as QEMU: others wait there while one is served
 _SUN_PATH = 108
@@ -72,7 +72,7 @@ class Server(_SocketEndpoint):
     def save(self, saver: Saver) -> dict[str, Any]:
         for number, listener in enumerate(self._listeners):
             saver.fd(f"listener{number}", listener.fileno())
-        return {"listeners": len(self._listeners), "made": self._made}
+        return {"listeners": len(self._listeners), "made": list(self._made) if self._made else None}
 
     async def load(
         self, data: dict[str, Any], channel: dict[str, Any] | None, loader: Loader

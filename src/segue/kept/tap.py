@@ -42,9 +42,9 @@ from segue.errors import SegueError
 from segue.kept import processes, tun
 from segue.kept.base import Kept, Lending
 from segue.kept.guard import Call, Guard
-from segue.kept.saved import Loader, Saver
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
+from segue.saved import Loader, Saver
 
 VHOST_NET = Path("/dev/vhost-net")
 
@@ -206,7 +206,7 @@ class Tap(Kept):
             guard = loader.guards.get(int(number))
             if guard is not None:
                 # Whoever was killed may have put stand-ins there: `restore` is to undo that.
-                off = not loader.exact
+                off = loader.held
                 self._borrowers[int(number)] = Borrower(guard, [Place(n) for n in places], off=off)
                 self._watch(int(number))
         self._set_down_script()

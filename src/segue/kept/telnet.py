@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from segue.kept.channel import SocketChannel
-from segue.kept.saved import Saver, raw, text
+from segue.saved import Saver, raw, text
 
 IAC = 0xFF
 BREAK = 0xF3

@@ -14,7 +14,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.channel import Channel, Descriptor, DescriptorChannel
 from segue.kept.endpoints import Endpoint, Say
-from segue.kept.saved import Loader, Saver, raw, text
+from segue.saved import Loader, Saver, raw, text
 
 _LOOK = 0.5  # seconds between looks for somebody who opens a pty; QEMU takes 1
 

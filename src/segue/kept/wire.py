@@ -13,7 +13,7 @@ from typing import Any
 from segue.kept.base import Kept, Lending
 from segue.kept.plug import Plug
 from segue.kept.relay import Far, Relay
-from segue.kept.saved import Loader, Saver
+from segue.saved import Loader, Saver
 
 
 class Wire(Kept):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segue.errors import InstanceDied, MonitorClosed, TimedOut
+from segue.errors import InstanceDied, MonitorClosed, NotRunning, TimedOut
 from segue.qemu.monitor import Monitor
+from segue.saved import Loader, Saver, raw
 
 MONITOR_ID = "segue-monitor"
+UNKNOWN_STATUS = 1
 _STOPPED = frozenset({b"T", b"t", b"Z", b"X"})
 
 
@@ -37,6 +40,20 @@ def start_time(pid: int) -> int:
 def _identity(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
+
+
+def _exit_status(pidfd: int) -> int:
+    """As a shell would show it, of a process that has ended; it is reaped.
+
+    1 where it is not our child: then it was started by a supervisor that was killed, and only its
+    parent is told.
+    """
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        return UNKNOWN_STATUS
+    assert ended is not None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
 
 
 def _stands_still(pid: int) -> bool:
@@ -62,7 +79,7 @@ class Instance:
         self,
         number: int,
         argv: list[str],
-        process: subprocess.Popen[bytes],
+        pid: int,
         sock: socket.socket,
         their_end: socket.socket,
         inherited: Mapping[int, int],
@@ -70,15 +87,16 @@ class Instance:
         self.number = number
         self.inherited = {number: _identity(fd) for fd, number in inherited.items()}
         self.argv = argv
-        self.pid = process.pid
-        self.start_time = start_time(process.pid)
+        self.pid = pid
+        self.start_time = start_time(pid)
         self.last_words: deque[str] = deque(maxlen=20)
-        self._process = process
         self._sock: socket.socket | None = sock
         self._their_end = their_end
         self._monitor: Monitor | None = None
         self._loop = asyncio.get_running_loop()
-        self._pidfd = os.pidfd_open(process.pid)
+        self._pidfd = os.pidfd_open(pid)
+        self._stderr = -1
+        self._half_a_line = b""
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._read_last_words: Callable[[], None] = lambda: None
         self._loop.add_reader(self._pidfd, self._reap)
@@ -154,8 +172,64 @@ class Instance:
             raise
         finally:
             os.close(write_end)
-        instance = cls(number, argv, process, *ends, {fd: fd for fd in descriptors})
+        # Reaped by us, in whatever process we are then.
+        process.returncode = 0  # or its destructor would wait for it
+        instance = cls(number, argv, process.pid, *ends, {fd: fd for fd in descriptors})
         instance._read_stderr(read_end, on_stderr)
+        return instance
+
+    def save(self, saver: Saver) -> dict[str, Any]:
+        """Legal while no command is under way, where the state is to be exact."""
+        saver.fd("monitor", self.monitor.fileno(), lent=True)
+        saver.fd("their-end", self._their_end.fileno(), lent=True)
+        if self._stderr >= 0:
+            saver.fd("stderr", self._stderr)
+        return {
+            "number": self.number,
+            "argv": self.argv,
+            "pid": self.pid,
+            "start_time": self.start_time,
+            "inherited": [[number, *identity] for number, identity in self.inherited.items()],
+            "last_words": list(self.last_words),
+            "half_a_line": saver.bytes(self._half_a_line),
+            "monitor": self.monitor.save(),
+        }
+
+    @classmethod
+    async def load(
+        cls,
+        data: dict[str, Any],
+        loader: Loader,
+        *,
+        on_stderr: Callable[[bytes], None],
+        timeout: float = 10,
+    ) -> Instance:
+        """The instance that another process of ours had.
+
+        Raises NotRunning if it is no more, KeyError if its monitor is lost, MonitorClosed or
+        TimedOut if it does not answer.
+        """
+        try:
+            if start_time(data["pid"]) != data["start_time"]:
+                raise ProcessLookupError
+            ends = [socket.socket(fileno=loader.needed(n)) for n in ("monitor", "their-end")]
+            instance = cls(data["number"], data["argv"], data["pid"], ends[0], ends[1], {})
+        except (FileNotFoundError, ProcessLookupError):
+            raise NotRunning(f"QEMU (pid {data['pid']}) is no more", guest="lost") from None
+        instance._sock = None
+        instance.inherited = {number: (dev, ino) for number, dev, ino in data["inherited"]}
+        instance.last_words.extend(data["last_words"])
+        if (stderr := loader.fd("stderr")) is not None:
+            instance._half_a_line = raw(data["half_a_line"])
+            instance._read_stderr(stderr, on_stderr)
+        if loader.exact:
+            instance._monitor = Monitor.load(ends[0], data["monitor"])
+            return instance
+        try:
+            greeting = data["monitor"]["greeting"]
+            instance._monitor = await Monitor.recover(ends[0], greeting, timeout)
+        except TimeoutError:
+            raise TimedOut(f"QEMU (pid {instance.pid}) did not answer for {timeout:g} s") from None
         return instance
 
     def become(
@@ -169,9 +243,10 @@ class Instance:
 
         This one has ended, with exit status 0. `inherited`: our descriptor → its number there.
         """
-        successor = Instance(number, argv, self._process, *ends, inherited)
+        successor = Instance(number, argv, self.pid, *ends, inherited)
         successor.last_words = self.last_words
         successor._read_last_words = self._read_last_words
+        successor._stderr = self._stderr
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self.monitor.close()
@@ -271,27 +346,30 @@ class Instance:
     def kill_at_once(self) -> None:
         """As `kill`, without the event loop; for the last moments of the supervisor."""
         self.signal(signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            self._process.wait()
+        if self.running:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            poll.poll()
+            self._reap()
 
     def _reap(self) -> None:
         self._loop.remove_reader(self._pidfd)
+        status = _exit_status(self._pidfd)
         os.close(self._pidfd)
-        status = self._process.wait()
         self._read_last_words()
         if self._monitor is not None:
             self._monitor.read_rest()
         elif self._sock is not None:
             self._sock.close()
-        self._ended.set_result(status if status >= 0 else 128 - status)
+        self._ended.set_result(status)
 
     def _read_stderr(self, fd: int, on_stderr: Callable[[bytes], None]) -> None:
         os.set_blocking(fd, False)
-        rest = b""
+        self._stderr = fd
         at_end = False
 
         def readable() -> None:
-            nonlocal rest, at_end
+            nonlocal at_end
             if at_end:
                 return
             try:
@@ -301,10 +379,11 @@ class Instance:
             if not chunk:
                 self._loop.remove_reader(fd)
                 os.close(fd)
+                self._stderr = -1
                 at_end = True
                 return
             on_stderr(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
+            *lines, self._half_a_line = (self._half_a_line + chunk).split(b"\n")
             self.last_words.extend(line.decode(errors="replace").rstrip() for line in lines)
 
         self._read_last_words = readable

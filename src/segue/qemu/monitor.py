@@ -148,6 +148,9 @@ class Monitor:
             raise
         return self
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     @property
     def idle(self) -> bool:
         """Whether no command is under way."""

@@ -79,9 +79,13 @@ class Request:
 class Client:
     """Made and owned by the server. `peer` is (pid, uid) of a unix client."""
 
-    def __init__(self, server: QmpServer, sock: socket.socket, number: int, pretty: bool) -> None:
+    def __init__(
+        self, server: QmpServer, sock: socket.socket, number: int, pretty: bool, place: int
+    ) -> None:
         sock.setblocking(False)
         self.number = number
+        # In `QmpServer.busy`.
+        self.place = place
         self.pretty = pretty
         self.greeted = False
         self.negotiated = False
@@ -135,11 +139,25 @@ class Client:
             self.send(greeting)
         self.advance()
 
-    def state(self) -> ClientState:
-        """Legal only while none of its commands is under way (`Gate.drain`, finished handlers)."""
+    @property
+    def holds_descriptors(self) -> bool:
+        """Whether some have come whose message has not been carried out."""
+        return bool(self._fds) or any(request.fds for request in self._queue)
+
+    @property
+    def current(self) -> Request | None:
+        """What is being carried out for it."""
+        return self._current
+
+    def state(self, without: Request | None = None) -> ClientState:
+        """Legal only while none of its commands is under way (`Gate.drain`, finished handlers).
+
+        `without` is a request that somebody else will answer.
+        """
         pending = b""
         unsent = bytes(self._out)
-        waiting = [self._current] if self._current else []
+        waiting = [self._current] if self._current and self._current is not without else []
+        waiting += [each for each in self.passages.values() if each is not self._current]
         for request in (*waiting, *self._queue):
             if request.parsed.error is None:
                 pending += json.dumps(request.parsed.value).encode() + b"\n"
@@ -168,6 +186,7 @@ class Client:
 
     def _readable(self) -> None:
         fds: list[int] = []
+        self._server.busy[self.place] = 1
         try:
             if self.sock.family == socket.AF_UNIX:
                 data, fds, _, _ = socket.recv_fds(
@@ -230,6 +249,8 @@ class Client:
             self._loop.call_soon(self.advance)
             return
         idle = self._current is None and not self._queue and not self.passages
+        if idle and not self._out and not len(self._framer):
+            self._server.busy[self.place] = 0
         deferred = self._server.defers(len(self._framer))
         if self._ended:
             self._read(False)
@@ -329,13 +350,20 @@ class Client:
             self._loop.remove_writer(self._fd)
         self.advance()
 
-    def close(self, why: str) -> None:
-        """What it has not been told yet is lost; what it asked for and was not started, too."""
+    def close(self, why: str, hang_up: bool = True) -> None:
+        """What it has not been told yet is lost; what it asked for and was not started, too.
+
+        It sees the end of the connection even where somebody holds a duplicate, an instance
+        (keeper.py), but without `hang_up`.
+        """
         if self.closed:
             return
         self._read(False)
         self.closed = True
         self._loop.remove_writer(self._fd)
+        if hang_up:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
         for _, _, fds in self._fds:
             _close_all(fds)

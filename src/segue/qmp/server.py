@@ -17,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableSequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from segue.qmp.commands import (
 )
 from segue.qmp.gate import Gate, GateState, Passage, is_read_only
 from segue.qmp.listener import Listener, bind_unix
+from segue.saved import Loader, Saver, raw
 
 __all__ = ["Client", "ClientState", "Command", "Listener", "QmpServer", "Upstream"]
 
@@ -47,6 +49,8 @@ Observer = Callable[[str, dict[str, Any], list[int], Any], None]
 Event = dict[str, Any]
 
 MAX_CLIENTS = 256
+# From this number on, fd sets of an instance hold what the supervisor would lose if it was killed.
+FDSETS = 1 << 40
 # What is longer is not parsed while the guest may be paused: it would take a millisecond or more.
 _SHORT = 64 << 10
 
@@ -91,21 +95,37 @@ class QmpServer:
         self._events = events
         self._upstream: Upstream | None = None
         self._greetings: dict[bool, bytes] = {}
+        # Of each client's place, whether anything of its that has come would die with this
+        # process. A supervisor gives a shared file (keeper.py).
+        self.busy: MutableSequence[int] | mmap.mmap = bytearray(MAX_CLIENTS)
+        # Whoever came, or went.
+        self.changed: Callable[[], None] = lambda: None
         self._count = 0
+        self._asker: tuple[Client, dict[str, Any]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._paths: list[Path] = []
         self._edits: Mapping[str, Callable[[Reply], Reply]] = {
             "query-commands": self._edit_commands,
             "query-qmp-schema": self._edit_schema,
             "query-events": self._events_of_schema,
+            "query-fdsets": self._without_ours,
         }
         self.gate.on_change.append(self._resume)
 
     # Connections
 
-    def listen_unix(self, path: Path, mode: int = 0o600, pretty: bool = False) -> Listener:
-        """Listen at `path`, which `close()` removes. Raises UsageError (too long, in use)."""
-        sock = bind_unix(path, mode)
+    def listen_unix(
+        self,
+        path: Path,
+        mode: int = 0o600,
+        pretty: bool = False,
+        found: socket.socket | None = None,
+    ) -> Listener:
+        """Listen at `path`, which `close()` removes. Raises UsageError (too long, in use).
+
+        `found` is a socket of another process that listens there already.
+        """
+        sock = found or bind_unix(path, mode)
         self._paths.append(path)
         return self.adopt_listener(sock, pretty)
 
@@ -129,10 +149,13 @@ class QmpServer:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._count += 1
-        client = Client(self, sock, self._count, state.pretty if state else pretty)
+        place = min(set(range(MAX_CLIENTS)) - {client.place for client in self.clients})
+        self.busy[place] = 0
+        client = Client(self, sock, self._count, state.pretty if state else pretty, place)
         self.clients.add(client)
-        self.log.info("%s connected", client)
+        self.log.info("%s %s", client, "connected" if state is None else "is still there")
         client.start(state)
+        self.changed()
         return client
 
     def gone(self, client: Client, why: str) -> None:
@@ -143,6 +166,82 @@ class QmpServer:
                 del client.passages[passage]
                 request.close_fds()
         self.log.info("%s is gone: %s", client, why)
+        self.changed()
+
+    def save(self, saver: Saver, asker: Client | None = None) -> dict[str, Any]:
+        """The clients; `asker` is the one whose command of the moment the next process answers.
+
+        Exact only while `why_not_quiet(asker)` has no reason against it.
+        """
+        clients = []
+        for client in self.clients:
+            if not client.greeted:
+                continue
+            saver.fd(f"client{client.place}", client.sock.fileno())
+            state = client.state(client.current if client is asker else None)
+            clients.append(
+                {
+                    "place": client.place,
+                    "greeted": True,
+                    "negotiated": state.negotiated,
+                    "oob": state.oob,
+                    "pretty": state.pretty,
+                    "recovering": state.recovering and saver.exact,
+                    "pending": saver.bytes(state.pending),
+                    "unparsed": saver.bytes(state.unparsed),
+                    "unsent": saver.bytes(state.unsent),
+                    "asked": client.current.parsed.value
+                    if client is asker and client.current
+                    else None,
+                }
+            )
+        return {"clients": clients}
+
+    def load(self, data: dict[str, Any], loader: Loader, busy: bytes = b"") -> None:
+        """Serve again who is still there. Those are let go that `busy` says something was lost of.
+
+        They reconnect, as they would to a QEMU that died.
+        """
+        for saved in data["clients"]:
+            place = saved["place"]
+            sock = loader.socket(f"client{place}")
+            if sock is None:
+                continue
+            if busy[place : place + 1] == b"\1":
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                sock.close()
+                continue
+            state = ClientState(
+                *(saved[key] for key in ("greeted", "negotiated", "oob", "pretty", "recovering")),
+                *(raw(saved[key]) for key in ("pending", "unparsed", "unsent")),
+            )
+            client = self.adopt(sock, state=state)
+            if client is not None and saved["asked"] is not None:
+                self._asker = (client, saved["asked"])
+
+    def answer_asker(self, reply: Reply) -> None:
+        """Answer the command that another process left to us, if its client is still there."""
+        asker, self._asker = self._asker, None
+        if asker is not None:
+            client, message = asker
+            if "id" in message:
+                reply["id"] = message["id"]
+            client.send(serialise(reply, client.pretty))
+
+    def why_not_quiet(self, asker: Client | None) -> str | None:
+        """What keeps the clients from being given to another process just now."""
+        for client in self.clients:
+            if client.holds_descriptors:
+                return f"{client} is in the middle of lending a descriptor"
+            current = client.current
+            if current is not None and client is not asker and current not in self._waiting():
+                return f"{client} waits for the answer to {_name_of(current)}"
+        return None
+
+    def _waiting(self) -> list[Request]:
+        """What waits at the gate, and can go through it in another process."""
+        return [request for client in self.clients for request in client.passages.values()]
 
     async def finish(self, limit: float) -> None:
         """Have those answered whose commands of ours are under way, for `limit` seconds."""
@@ -157,7 +256,7 @@ class QmpServer:
             listener.close()
         self.listeners.clear()
         for client in tuple(self.clients):
-            client.close("the server is closing")
+            client.close("the server is closing", hang_up=False)
         for path in self._paths:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -301,6 +400,12 @@ class QmpServer:
         reply["return"] += [{"name": name} for name in self._own() if name not in known]
         return reply
 
+    @staticmethod
+    def _without_ours(reply: Reply) -> Reply:
+        """What QEMU holds for us (keeper.py) is nobody else's."""
+        reply["return"] = [s for s in reply["return"] if s["fdset-id"] < FDSETS]
+        return reply
+
     def _edit_schema(self, reply: Reply) -> Reply:
         known = {entry["name"] for entry in reply["return"]}
         reply["return"] += schema(self._own(), self._events, known)
@@ -309,6 +414,11 @@ class QmpServer:
     def _events_of_schema(self, reply: Reply) -> Reply:
         theirs = [entry["name"] for entry in reply["return"] if entry["meta-type"] == "event"]
         return {"return": [{"name": name} for name in (*theirs, *self._events)]}
+
+
+def _name_of(request: Request) -> str:
+    message = request.parsed.value
+    return str(message.get("execute")) if isinstance(message, dict) else "a message"
 
 
 def _command_of(message: Any, oob_enabled: bool) -> tuple[str, bool]:

@@ -210,7 +210,7 @@ class Handover:
     async def _look(self) -> None:
         """Raises Refused unless the guest is in a state that can be moved."""
         status = (await self.incumbent.monitor.execute("query-status"))["status"]
-        self._was_running = status == "running"
+        self._was_running = self.surroundings.journal.running = status == "running"
         if status not in ("running", "paused", "prelaunch"):
             raise Refused(
                 f"the guest's state is {status}: only a running or paused guest can be handed over",
@@ -338,6 +338,7 @@ class Handover:
         self.surroundings.journal.write("commit", self.incumbent, self.successor)
         if not self._was_running:
             await self.incumbent.kill()
+            self.surroundings.journal.write("release", self.incumbent, self.successor)
             self._switch()
             return
         if self.successor.monitor.closed:
@@ -352,6 +353,8 @@ class Handover:
             unlisten()
         if "error" in reply:
             raise CommandFailed(f"cont on the successor: {reply['error']['desc']}")
+        # Before any client can stop the guest again: it has run.
+        self.surroundings.journal.write("release", self.incumbent, self.successor)
         self._switch()
         resume = self._resume_told()
         if resume is not None:

@@ -1,7 +1,8 @@
 """The journal: how far an upgrade has come, for a supervisor that starts after a crash.
 
 Format, version 1: a file of exactly 4096 bytes, one JSON object padded with spaces:
-`{"version": 1, "phase": ..., "incumbent": {"pid", "start_time"}, "successor": {...} | null}`.
+`{"version": 1, "phase": ..., "incumbent": {"pid", "start_time"}, "successor": {...} | null,
+"running": BOOL}`, the last saying whether the guest ran when the upgrade began.
 The file is made at full size when the machine starts and then only overwritten in place, so that
 no full disk can come between an upgrade and its commit point. It is not synced: what it guards
 against is the crash of a process; a crash of the host takes the guest with it.
@@ -24,6 +25,8 @@ VERSION = 1
 class Journal:
     """Raises SegueError if it cannot be written at all; overwriting needs no space."""
 
+    running = True
+
     def __init__(self, path: Path) -> None:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -40,6 +43,7 @@ class Journal:
             "phase": phase,
             "incumbent": _identity(incumbent),
             "successor": _identity(successor) if successor else None,
+            "running": self.running,
         }
         os.pwrite(self._fd, json.dumps(record).encode().ljust(_SIZE), 0)
 

@@ -27,7 +27,7 @@ from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, Surroundings, called_off
 from segue.upgrade.journal import Journal
 from segue.upgrade.modes import AUTO, MODES, Mode
-from segue.upgrade.phases import PLAN
+from segue.upgrade.phases import OPEN, PLAN
 from segue.upgrade.plan import Plan
 from segue.upgrade.receipt import CURRENT, DONE, FAILED, LOST, REFUSED, REHEARSED, Receipt, Side
 from segue.upgrade.suspend import Suspend
@@ -61,6 +61,7 @@ class Host(Protocol):
     ) -> Instance: ...
     def to_suspend(self) -> dict[str, Any]: ...
     def adopt(self, instance: Instance) -> None: ...
+    async def safeguard(self, successor: Instance | None) -> None: ...
     def serve(self, instance: Instance, told: Sequence[Event] = ()) -> None: ...
     def suppress(self, on: bool) -> None: ...
     def is_outdated(self) -> bool: ...
@@ -75,7 +76,7 @@ class Upgrader:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._number = 1
+        self.number = 1
         self._task: asyncio.Task[Receipt] | None = None
         self._handover: Handover | None = None
         self._limits: Mapping[str, float] = {}
@@ -83,8 +84,8 @@ class Upgrader:
 
     def next_number(self) -> int:
         """For the next instance; they count from 1."""
-        self._number += 1
-        return self._number
+        self.number += 1
+        return self.number
 
     @property
     def busy(self) -> bool:
@@ -446,6 +447,11 @@ class Upgrader:
             host.suppress(False)
             host.gate.open()
 
+        async def checkpoint(phase: str) -> None:
+            if phase == OPEN.name and self._handover is not None:
+                await host.safeguard(self._handover.successor)
+            await self.breakpoints.reach(prefix + phase)
+
         def on_limbo(error: GuestLost) -> None:
             if not limbo.done():
                 told = replace(receipt, phases=dict(receipt.phases), blockers=[])
@@ -466,7 +472,7 @@ class Upgrader:
             closed=closed,
             served=served,
             progress=progress,
-            checkpoint=lambda phase: self.breakpoints.reach(prefix + phase),
+            checkpoint=checkpoint,
             on_limbo=on_limbo,
         )
 

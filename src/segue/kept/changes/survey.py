@@ -12,10 +12,10 @@ from segue.kept.changes import backends, blocks, carried, devices, graph, jobs
 from segue.kept.changes.record import Record
 from segue.kept.changes.settings import Settings, actions
 from segue.kept.draft import Draft, Note, Words
-from segue.kept.saved import Loader, Saver
 from segue.kept.unkeepable import UnkeepableRule
 from segue.qemu.commandline import CommandLine, Option
 from segue.qemu.monitor import Monitor
+from segue.saved import Loader, Saver
 
 # Options that make drives.
 _DRIVES = ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd")

@@ -62,16 +62,18 @@ class Saver:
 class Loader:
     """Where `Kept.load` finds them. What it takes is its own from then on.
 
-    `guards` are those of the instances, by number.
+    `guards` are those of the instances, by number. `held`: an upgrade was under way, so nothing
+    may flow before `switch` or `give_back`.
     """
 
     exact: bool
     found: dict[str, int]
     guards: Mapping[int, Guard] = field(default_factory=dict)
+    held: bool = False
     prefix: str = ""
 
     def within(self, name: str) -> Loader:
-        return Loader(self.exact, self.found, self.guards, f"{self.prefix}{name}.")
+        return Loader(self.exact, self.found, self.guards, self.held, f"{self.prefix}{name}.")
 
     def fd(self, name: str) -> int | None:
         """None where it is lost; an exact state has all."""

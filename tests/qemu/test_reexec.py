@@ -1,0 +1,161 @@
+"""A supervisor that becomes newer code: nobody who has to do with the machine notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from qemu.qmp.qmp_client import ExecuteError
+
+from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.harness import Machine, Segue, descriptors, qemu, wait_until
+from tests.qemu.test_lines import Terminal
+
+
+def test_clients_and_guest_go_on(segue: Segue, place: Path) -> None:
+    machine = segue.start("m", tiny(place, "7.2"))
+    assert machine.process is not None
+    console = watch(machine, place)
+    with machine.qmp() as idle, machine.qmp() as asker:
+        asker.command("segue-reexec")
+        before = len(descriptors(machine.process.pid))
+        pid = machine.qemu_pid
+        for _ in range(3):
+            assert asker.command("segue-reexec")["pid"] == machine.process.pid
+            assert machine.qemu_pid == pid
+            assert idle.command("query-status")["status"] == "running"
+            unharmed(console)
+        receipt = machine.handed_over("--to", qemu("10.0"))
+        asker.command("segue-reexec")
+        unharmed(console)
+        assert [each["started"] for each in idle.command("segue-history")] == [receipt["started"]]
+        assert idle.command("query-fdsets") == []
+        assert len(descriptors(machine.process.pid)) == before
+
+
+def test_a_monitor_behind_the_terminal_goes_on(segue: Segue, place: Path) -> None:
+    """`-nographic`: the terminal's own modes, the focus, and a half typed line."""
+    argv = [a for a in tiny(place, "7.2") if a not in ("-display", "none", "-nodefaults")]
+    argv = [*argv[: argv.index("-serial")], "-nographic"]
+    terminal, slave = pty.openpty()
+    usual = termios.tcgetattr(slave)
+    machine = segue.start("m", argv, stdin=slave, stdout=slave, stderr=slave)
+    user = Terminal(terminal)
+    user.expect(rb"tick \d+")
+    raw = termios.tcgetattr(slave)
+    assert raw != usual
+    user.type(b"\x01c")
+    user.expect(rb"\(qemu\) ")
+    user.type(b"info sta")
+    user.expect(rb"info sta")
+    assert segue("reexec", "m").returncode == 0
+    user.type(b"tus\r")
+    user.expect(rb"VM status: running")
+    assert termios.tcgetattr(slave) == raw
+    machine.handed_over("--to", qemu("10.0"))
+    user.type(b"\x01c")
+    user.expect(rb"tick \d+")
+    user.type(b"\x01x")
+    assert machine.wait() == 0
+    assert termios.tcgetattr(slave) == usual
+    os.close(slave)
+    user.close()
+
+
+def test_what_was_asked_is_answered_by_the_new_code(segue: Segue, place: Path) -> None:
+    """Commands that wait at the gate, half a message, and one that is out-of-band."""
+    machine = segue.start("m", tiny(place, "7.2"))
+    other = socket.socket(socket.AF_UNIX)
+    other.connect(str(machine.directory / "qmp.sock"))
+    lines = other.makefile("rb")
+    assert b"QMP" in lines.readline()
+    other.sendall(b'{"execute": "qmp_capabilities"}\n')
+    assert json.loads(lines.readline()) == {"return": {}}
+    with machine.qmp() as qmp:
+        for number in range(3):
+            other.sendall(b'{"execute": "query-st')
+            asked = qmp.begin("segue-reexec")
+            asked.result(60)
+            other.sendall(b'atus", "id": %d}\n' % number)
+            answer = json.loads(lines.readline())
+            assert answer["id"] == number
+            assert answer["return"]["status"] == "running"
+    lines.close()
+    other.close()
+
+
+def test_a_command_of_long_breath_is_named(segue: Segue, place: Path) -> None:
+    machine = segue.start("m", tiny(place, "7.2"))
+    with machine.qmp() as stopping, machine.qmp() as qmp:
+        going = stopping.begin("segue-stop", {"timeout": 30})
+        wait_until("the power button", lambda: any(e["event"] == "POWERDOWN" for e in qmp.events))
+        with pytest.raises(ExecuteError, match="segue-stop"):
+            qmp.command("segue-reexec")
+        assert qmp.command("query-status")["status"] == "running"
+        qmp.command("quit")
+        going.result(60)
+    assert machine.wait() == 0
+
+
+def test_as_systemd_has_it(segue: Segue, place: Path) -> None:
+    """From a file; told when it is up; SIGHUP reloads; killed and started again, it is the same."""
+    notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notices.bind(str(place / "notify"))
+    notices.settimeout(60)
+    config = place / "config/segue/machines"
+    config.mkdir(parents=True)
+    argv = tiny(place, "7.2")
+    (config / "served").write_text(f"# a machine\n{argv[0]}\n  {shlex.join(argv[1:])}\n")
+    environment = {
+        **segue.environment,
+        "NOTIFY_SOCKET": str(place / "notify"),
+        "SEGUE_CONFIG_DIR": str(config.parent),
+    }
+    command = [sys.executable, "-m", "segue", "service", "served"]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        assert notices.recv(4096) == b"READY=1"
+        machine = Machine(segue, "served", process)
+        console = watch(machine, place)
+        with machine.qmp() as qmp:
+            process.send_signal(signal.SIGHUP)
+            log = machine.directory / "qmp.log"
+            wait_until("the new code", lambda: "is still there" in log.read_text())
+            assert qmp.command("query-status")["status"] == "running"
+        unharmed(console)
+        process.kill()
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        assert notices.recv(4096) == b"READY=1"
+        unharmed(console)
+        segue("stop", "served", "--timeout", "1")
+        assert process.wait(60) in (0, 1)
+    console.close()
+    notices.close()
+
+
+def test_code_that_does_not_start_is_refused(segue: Segue, place: Path) -> None:
+    machine = segue.start("m", tiny(place, "7.2"))
+    console = watch(machine, place)
+    python = place / "python"
+    with machine.qmp() as qmp:
+        for script, said in (
+            (None, "cannot be started"),
+            ("exit 3", "ended without an answer"),
+            ("echo ModuleNotFoundError: No module named segue >&2; exit 1", "No module named"),
+        ):
+            if script is not None:
+                python.write_text(f"#!/bin/sh\n{script}\n")
+                python.chmod(0o755)
+            with pytest.raises(ExecuteError, match=said):
+                qmp.command("segue-reexec", {"python": os.fspath(python)})
+            unharmed(console)
+        qmp.command("segue-reexec")
+    unharmed(console)
