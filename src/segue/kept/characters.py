@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 
 from segue.kept import chardev as keeping
-from segue.kept.base import Kept
-from segue.kept.draft import Draft, Words
+from segue.kept.base import Kept, Lending, Part
+from segue.kept.draft import Computed, Draft, Words
 from segue.kept.mux import Front
 from segue.qemu.chardevs import Chardev, find_chardevs, monitors
 
@@ -17,6 +18,7 @@ _PRIVATE = {
     "netdev": "a vhost-user back end serves one process",
     "device": "a vhost-user back end serves one process",
 }
+_MONITOR_OBJECTS = (11, 1, 0)
 _ONE_PROCESS_DEVICES = ("vhost-user", "ivshmem", "usb-redir", "ccid-card-passthru")
 
 
@@ -93,12 +95,11 @@ class CharactersRule:
                     yield used, why
 
     def _replace(self, draft: Draft, chardev: Chardev, kept: Kept) -> None:
-        words = []
+        words: list[Part] = []
         if chardev.frontend in ("serial", "parallel", "debugcon"):
             words.append(Words((f"-{chardev.frontend}", f"chardev:{chardev.id}")))
         if chardev.monitor == "readline":
-            # Not -mon, which QEMU 11.1 warns about.
-            words.append(Words(("-monitor", f"chardev:{chardev.id}")))
+            words.append(Computed(partial(_monitor, chardev.id)))
         if chardev.origin is None:
             draft.add(kept, *words)
         else:
@@ -116,6 +117,17 @@ class CharactersRule:
                 draft.replace(option)
         if chardev.origin is not None:
             draft.replace(chardev.origin)
+
+
+def _monitor(chardev: str, lending: Lending) -> list[str]:
+    """Not -mon, which QEMU 11.1 warns about.
+
+    Nor -monitor there: it gives the monitor's object the chardev's name, `compat_monitor0`, and
+    QEMU aborts when the gdb stub, by which interrupts are given again, makes one of that name.
+    """
+    if lending.target.version >= _MONITOR_OBJECTS:
+        return ["-object", f"monitor-hmp,id=segue-{chardev},chardev={chardev}"]
+    return ["-monitor", f"chardev:{chardev}"]
 
 
 def _say(line: str) -> None:

@@ -216,7 +216,8 @@ def _address(line: str) -> str | None:
     if match := _USB.match(line):
         return f"on port {match[1]}"
     if (match := _PROPERTY.match(line)) and match[1] in _ADDRESS:
-        return line
+        # A USB device's is what the user asked for, if anything.
+        return None if line.startswith('port = "') else line
     return None
 
 
@@ -310,15 +311,16 @@ def _set_differences(what: str, incumbent: Iterable[Any], successor: Iterable[An
 
 
 def _device_differences(incumbent: Counter[Device], successor: Counter[Device]) -> list[str]:
-    # A release may no longer tell where it maps a board device (intel-iommu from 10.0 on). Types
-    # of which one side tells nothing are compared without it.
+    # A release may no longer tell where it maps a board device (intel-iommu from 10.0 on), or to
+    # which node a virtio-mem belongs (11.1; it is compared as a memory device). Types of which one
+    # side tells nothing are compared without it.
     told = [
-        {d.type for d in devices if any(map(_is_mmio, d.address))}
+        {d.type for d in devices if any(map(_is_untold, d.address))}
         for devices in (incumbent, successor)
     ]
     untold = told[0] ^ told[1]
-    old = _without_mmio(incumbent, untold)
-    new = _without_mmio(successor, untold)
+    old = _without_untold(incumbent, untold)
+    new = _without_untold(successor, untold)
     gone, added = sorted((old - new).elements()), sorted((new - old).elements())
     found = []
     for device in gone:
@@ -334,15 +336,15 @@ def _device_differences(incumbent: Counter[Device], successor: Counter[Device]) 
     return found + [f"device {d} at {d.where} is only on the successor" for d in added]
 
 
-def _is_mmio(address: str) -> bool:
-    return address.startswith("mmio ")
+def _is_untold(address: str) -> bool:
+    return address.startswith(("mmio ", "node = "))
 
 
-def _without_mmio(devices: Counter[Device], types: set[str]) -> Counter[Device]:
+def _without_untold(devices: Counter[Device], types: set[str]) -> Counter[Device]:
     result: Counter[Device] = Counter()
     for device, count in devices.items():
         if device.type in types:
-            kept = tuple(text for text in device.address if not _is_mmio(text))
+            kept = tuple(text for text in device.address if not _is_untold(text))
             result[replace(device, address=kept)] += count
         else:
             result[device] += count

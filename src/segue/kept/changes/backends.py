@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from segue.errors import Blocker, CommandFailed
+from segue.errors import Blocker
 from segue.kept import usernet
 from segue.kept.base import Kept, Part
 from segue.kept.changes import carried
@@ -28,8 +28,16 @@ from segue.qemu.monitor import Monitor
 from segue.qemu.options import Params
 
 _NETDEV = re.compile(r"^(?: \\ )?(.*?): index=\d+,type=([a-z0-9-]+)", re.MULTILINE)
-# Objects all of whose properties can be read again.
-_READABLE = frozenset(("iothread", "rng-builtin", "rng-random", "throttle-group"))
+# Objects all of whose properties can be read again, and those of 7.2 and later.
+_READABLE = {
+    "iothread": (
+        *("poll-max-ns", "poll-grow", "poll-shrink"),
+        *("aio-max-batch", "thread-pool-min", "thread-pool-max"),
+    ),
+    "rng-builtin": (),
+    "rng-random": ("filename",),
+    "throttle-group": ("limits",),
+}
 _UNSAID = "nobody was seen to add it, and QEMU does not tell how it was made"
 _BY_QMP = "unplug it; what is added through QMP can be kept"
 
@@ -127,29 +135,29 @@ async def _object(
 ) -> None:
     if ("objects", id) in parts:
         found.added.append(parts["objects", id])
+    elif kind.startswith("memory-backend-"):
+        why = "it was added by a human monitor, and is QEMU's own"
+        found.blockers.append(Blocker(f"memory '{id}'", why, _BY_QMP))
     elif id in record.objects:
-        words = ("-object", json.dumps(record.objects[id], separators=(",", ":")))
-        found.added.append(Words(words))
+        given = record.objects[id]
+        text = f"object-add {id}" in record.text
+        words = str(Params.of(given, "qom-type")) if text else _json(given)
+        found.added.append(Words(("-object", words)))
     elif kind in _READABLE:
-        told = {"qom-type": kind, "id": id, **await _properties(monitor, id)}
-        found.added.append(Words(("-object", json.dumps(told, separators=(",", ":")))))
+        told = {"qom-type": kind, "id": id, **await _properties(monitor, id, _READABLE[kind])}
+        found.added.append(Words(("-object", _json(told))))
     else:
         found.blockers.append(Blocker(f"object '{id}' ({kind})", _UNSAID, _BY_QMP))
 
 
-async def _properties(monitor: Monitor, id: str) -> dict[str, Any]:
+def _json(tree: Mapping[str, Any]) -> str:
+    return json.dumps(tree, separators=(",", ":"))
+
+
+async def _properties(monitor: Monitor, id: str, names: Sequence[str]) -> dict[str, Any]:
     path = f"/objects/{id}"
-    listed = await monitor.execute("qom-list", {"path": path})
-    # A throttle group's limits are read together, and have an `x-` property each beside that.
-    names = [p["name"] for p in listed if p["name"] != "type" and not p["name"].startswith("x-")]
-    values: dict[str, Any] = {}
-    for name in names:
-        try:
-            values[name] = await monitor.execute("qom-get", {"path": path, "property": name})
-        except CommandFailed:
-            continue
-    # What an iothread tells of itself, and is not told.
-    return {name: value for name, value in values.items() if name not in ("thread-id", "opened")}
+    values = [await monitor.execute("qom-get", {"path": path, "property": name}) for name in names]
+    return dict(zip(names, values, strict=True))
 
 
 def _netdev(found: Backends, arguments: Mapping[str, Any], draft: Draft) -> None:

@@ -13,16 +13,20 @@ are made: those of `-device` text in their order, then those of `-drive if=virti
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from segue.errors import CommandFailed
+from segue.kept.changes.graph import Graph
 from segue.kept.changes.record import Record
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
 from segue.qemu.options import Params
 
+_USB = re.compile(r"Device \S+, Port (\S+), .*, ID: (.*?)\r?$", re.MULTILINE)
 _NAMED, _ANONYMOUS = "/machine/peripheral", "/machine/peripheral-anon"
 
 # Where a device is, on all kinds of buses, as properties of it; a NIC's `mac` may be QEMU's choice.
@@ -30,6 +34,10 @@ _PLACE = ("addr", "port", "nr", "channel", "scsi-id", "lun", "unit", "slot", "me
 _CPU_PLACE = ("socket-id", "die-id", "core-id", "thread-id", "node-id")
 # What the device becomes by being plugged in, or that is told by the state that is moved.
 _NOT_SAID = frozenset(("realized", "hotplugged", "hotpluggable", "parent_bus", "requested-size"))
+
+# Defaults that stand for a choice of QEMU's own.
+_AUTOMATIC = (0, -1, 0xFFFF, 0xFFFFFFFF, (1 << 64) - 1, "auto")
+_CHOSEN = frozenset(("busnr", "device_id", "ver"))
 
 
 @dataclass
@@ -51,6 +59,7 @@ async def survey(
     monitor: Monitor,
     options: Sequence[tuple[int, Option]],
     record: Record,
+    graph: Graph,
     renamed: dict[str, str],
 ) -> Devices:
     """Compare what there is with the command line's `-device` options.
@@ -82,7 +91,9 @@ async def survey(
     found.dropped |= {index for place, index in at_start.items() if place in gone}
     for index, option in options:
         if index in where:
-            new = await _as_it_is(monitor, option, where[index], renamed, bool(found.dropped))
+            new = await _as_it_is(
+                monitor, option, where[index], graph, renamed, bool(found.dropped)
+            )
             if new is not option:
                 found.altered[index] = new
     paths = [f"{_NAMED}/{name}" for name in named]
@@ -91,8 +102,13 @@ async def survey(
         await _described(monitor, path, {**named, **unnamed}[path.rpartition("/")[2]], record)
         for path in paths
     ]
-    for _, properties in added:
+    for path, (_, properties) in zip(paths, added, strict=True):
+        if properties.get("drive") == "":
+            properties["drive"] = graph.disk_below(path)
         _rename(properties, renamed)
+        if properties.get("port") == "":
+            del properties["port"]
+            properties |= await _usb_port(monitor, properties.get("id"))
     found.added = _in_order(added)
     return found
 
@@ -132,7 +148,12 @@ async def _values(monitor: Monitor, path: str, names: Sequence[str]) -> dict[str
 
 
 async def _as_it_is(
-    monitor: Monitor, option: Option, path: str, renamed: dict[str, str], pinned: bool
+    monitor: Monitor,
+    option: Option,
+    path: str,
+    graph: Graph,
+    renamed: dict[str, str],
+    pinned: bool,
 ) -> Option:
     """A device of the command line, with the disk that it has now.
 
@@ -143,6 +164,7 @@ async def _as_it_is(
     said = params.get("drive")
     if said is not None:
         drive = await _get(monitor, path, "drive")
+        drive = graph.disk_below(path) if drive == "" else drive
         drive = renamed.get(drive, drive)
         if drive == "":
             params = params.without("drive")
@@ -190,6 +212,14 @@ async def _described(
     return bus, result
 
 
+async def _usb_port(monitor: Monitor, id: str | None) -> dict[str, str]:
+    """The port that QEMU chose: its property is what the user said."""
+    for port, name in _USB.findall(await monitor.hmp("info usb")):
+        if name == id:
+            return {"port": port}
+    return {}
+
+
 async def _not_default(monitor: Monitor, path: str, kind: str) -> list[str]:
     listed = await monitor.execute("device-list-properties", {"typename": kind})
     defaults = {
@@ -200,7 +230,16 @@ async def _not_default(monitor: Monitor, path: str, kind: str) -> list[str]:
         and not p["type"].startswith("child<")
     }
     values = await _values(monitor, path, list(defaults))
-    return [name for name, value in values.items() if value not in (defaults[name], "")]
+    return [
+        name
+        for name, value in values.items()
+        if value not in (defaults[name], "", [], None) and not _chosen(name, defaults[name])
+    ]
+
+
+def _chosen(name: str, default: Any) -> bool:
+    """Whether QEMU chooses the value where the user says nothing."""
+    return name in _CHOSEN or (not isinstance(default, bool) and default in _AUTOMATIC)
 
 
 def _bus(path: str) -> str:
@@ -232,8 +271,6 @@ def _in_order(devices: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, A
 
 
 def words(properties: dict[str, Any]) -> list[str]:
-    import json
-
     return ["-device", json.dumps(properties, separators=(",", ":"))]
 
 

@@ -53,6 +53,13 @@ class Graph:
                 found |= self.below(root)
         return found
 
+    def disk_below(self, path: str) -> str:
+        """The drive or node of what a device has made (a usb-storage's disk); empty for none."""
+        for backend in self.backends.values():
+            if str(backend.get("qdev", "")).startswith(f"{path}/") and "inserted" in backend:
+                return str(backend["device"] or backend["inserted"]["node-name"])
+        return ""
+
     def text(self, node: str) -> str:
         """One line that is the same for the same graph in another instance."""
         facts = self.facts[node]

@@ -14,6 +14,7 @@
  "actions": {EVENT: action},                   set-action, watchdog-set-action
  "properties": [[PATH, NAME, VALUE], ...],     qom-set
  "nbd": whether QEMU's NBD server was started,
+ "text": ["COMMAND ID", ...],                  what was given to a human monitor
  "let_go": [[KIND, NAME], ...],                what was kept and is not there any more
  "baseline": what the first instance made of the command line (survey.py)}
 """
@@ -46,13 +47,19 @@ class Record:
     properties: list[list[Any]] = field(default_factory=list)
     nbd: bool = False
     let_go: list[list[str]] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
 
-    def note(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """A client's command that QEMU has carried out."""
+    def note(self, command: str, arguments: Mapping[str, Any], text: bool = False) -> None:
+        """A client's command that QEMU has carried out; `text`: its values have no types."""
         act = _NOTED.get(command)
         if act is not None:
             act(self, dict(arguments))
+            name = f"{command} {arguments.get('id')}"
+            if text and name not in self.text:
+                self.text.append(name)
+            elif not text and name in self.text:
+                self.text.remove(name)
 
     def device_deleted(self, id: str) -> None:
         """QEMU's event, whoever asked for it: a client, or the guest."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from segue.errors import Blocker
 from segue.kept.base import Kept, Lending, Part
-from segue.kept.changes import backends, blocks, carried, devices, graph, jobs
+from segue.kept.changes import backends, blocks, carried, devices, graph, hmp, jobs
 from segue.kept.changes.record import Record
 from segue.kept.changes.settings import Settings, actions
 from segue.kept.draft import Draft, Note, Words
@@ -83,6 +83,11 @@ class Changes(Kept):
         self, command: str, arguments: dict[str, Any], fds: Sequence[int], answer: Any
     ) -> None:
         """A client's command was carried out."""
+        if command == "human-monitor-command":
+            said = hmp.translate(arguments["command-line"])
+            # A human monitor says nothing when it has done it.
+            if said is not None and not str(answer).strip():
+                self.record.note(*said, text=True)
         self.record.note(command, arguments)
         if command in ("object-del", "chardev-remove"):
             part = self.parts.pop((_MADE_BY[command.partition("-")[0]], arguments["id"]), None)
@@ -162,7 +167,7 @@ class Changes(Kept):
         now = await graph.read(monitor)
         disks = blocks.survey(now, [(i, o) for i, o in told if o.name in _DRIVES], record)
         found = await devices.survey(
-            monitor, [(i, o) for i, o in told if o.name == "device"], record, disks.renamed
+            monitor, [(i, o) for i, o in told if o.name == "device"], record, now, disks.renamed
         )
         rest = await backends.survey(monitor, record, self.parts, self.draft)
         gone = {i for i, item in enumerate(items) if _made(item) in rest.gone}
