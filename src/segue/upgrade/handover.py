@@ -49,6 +49,7 @@ from segue.upgrade.receipt import DONE, REHEARSED, Receipt
 
 ON_INCUMBENT = "running on the incumbent"
 ON_SUCCESSOR = "running on the successor"
+_PAUSED = "paused on the incumbent"
 
 # What a guest does that changes what is to be handed over; the first two end it.
 _ENDINGS = {
@@ -114,7 +115,7 @@ class Handover:
     loses_interrupts: bool = False
     successor: Instance | None = None
     phase: Phase = PREPARE
-    _was_running: bool = True
+    _was_running: bool = False
     _events: list[Event] = field(default_factory=list)
     _late: list[dict[str, Any]] = field(default_factory=list)
     _before: migration.Settings | None = None
@@ -211,12 +212,21 @@ class Handover:
         """Raises Refused unless the guest is in a state that can be moved."""
         status = (await self.incumbent.monitor.execute("query-status"))["status"]
         self._was_running = self.surroundings.journal.running = status == "running"
+        if status == "postmigrate":
+            raise Refused(
+                "an upgrade of this paused guest was undone: QEMU does not move it again as it is",
+                hint="`cont` it first (and `stop` it again, if it is to be paused)",
+                guest=_PAUSED,
+            )
         if status not in ("running", "paused", "prelaunch"):
             raise Refused(
                 f"the guest's state is {status}: only a running or paused guest can be handed over",
                 hint="`system_reset` and `cont`, or start it again",
                 guest=f"not running ({status}), on the incumbent",
             )
+        if not self._was_running:
+            self.receipt.guest = _PAUSED
+            await images.activate(self.incumbent.monitor, self.surroundings.directory)
 
     async def _prepare(self) -> None:
         await self._freeze()
@@ -462,6 +472,8 @@ class Handover:
                 await kept.settle(self.successor.monitor)
             except SegueError as error:
                 self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error.what}")
+        if not self._was_running:
+            await images.activate(self.successor.monitor, self.surroundings.directory)
         if self._before is not None and self._fresh is not None:
             await migration.restore(self.successor.monitor, self._fresh.with_those_of(self._before))
         self.surroundings.journal.write("done", self.successor, None)
@@ -557,6 +569,8 @@ class Handover:
                 await self._give_again(self.incumbent)
             if self._was_running and not self._stopped_itself():
                 await monitor.execute("cont")
+            elif self._migrating and not self._was_running:
+                await images.activate(monitor, self.surroundings.directory)
             if self._before is not None:
                 await migration.restore(monitor, self._before)
         except MonitorClosed:
