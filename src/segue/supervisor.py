@@ -6,6 +6,8 @@ stdio, signals and exit status are QEMU's own.
 
 from __future__ import annotations
 
+import segue.lean  # isort: skip  (before asyncio)
+
 import asyncio
 import contextlib
 import json

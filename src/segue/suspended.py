@@ -12,15 +12,16 @@ with sorted keys. `phase` is "suspended", and "resuming" with the new QEMU's pid
 its guest may run until the directory is removed. Every file has its size and SHA-256; holes in
 RAM count as nothing, `offsets` tell what is data. Disks are told by path, inode, size and mtime (a
 device number may change with a reboot): what has changed since would not fit the guest's memory.
+
+`hashlib` and `shutil` are imported where they are used: with them come OpenSSL and the libraries
+of compressed archives, 4 MiB that every supervisor would hold.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ def bytes_in(fd: int) -> int:
 
 def write_copy(fd: int, path: Path) -> dict[str, Any]:
     """Write the data of `fd` into a new sparse file; its entry for machine.json. Raises OSError."""
-    digest = hashlib.sha256()
+    from hashlib import sha256
+
+    digest = sha256()
     offsets = []
     with path.open("xb") as target:
         os.ftruncate(target.fileno(), os.fstat(fd).st_size)
@@ -122,8 +125,10 @@ def write_description(directory: Path, machine: dict[str, Any]) -> None:
 
 
 def _checksum(machine: dict[str, Any]) -> str:
+    from hashlib import sha256
+
     rest = {key: value for key, value in machine.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -218,12 +223,14 @@ class Suspended:
             )
 
     def _check_file(self, entry: dict[str, Any]) -> None:
+        from hashlib import sha256
+
         path = self.directory / entry["name"]
         try:
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size != entry["bytes"]:
                     raise _damaged(path, "it is truncated or longer than it was")
-                digest = hashlib.sha256()
+                digest = sha256()
                 for start, length in entry["offsets"]:
                     for offset, size in _pieces(start, length):
                         digest.update(os.pread(file.fileno(), size, offset))
@@ -268,8 +275,10 @@ class Suspended:
 
     def resumed(self) -> None:
         """The guest runs: this must never be resumed again."""
+        from shutil import rmtree
+
         (self.directory / "machine.json").unlink(missing_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
         os.close(self._lock)

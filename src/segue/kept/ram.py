@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,9 @@ class GuestRam(Kept):
         if not self._origin.is_dir():
             return os.open(self._origin, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         # As QEMU does with a directory: a file that nobody else can find.
-        fd, path = tempfile.mkstemp(prefix="segue-ram-", dir=self._origin)
+        from tempfile import mkstemp  # large, and rarely needed
+
+        fd, path = mkstemp(prefix="segue-ram-", dir=self._origin)
         os.unlink(path)
         return fd
 

@@ -9,9 +9,7 @@ it the incumbent never runs again.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-import shutil
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +78,10 @@ class Suspend(Handover):
 
     async def _read_state(self) -> None:
         assert self._end is not None
+        from hashlib import sha256  # as in suspended.py
+
         loop = asyncio.get_running_loop()
-        digest = hashlib.sha256()
+        digest = sha256()
         size = 0
         with (self.to / "state").open("xb") as file:
             while chunk := await loop.sock_recv(self._end, 1 << 20):
@@ -144,8 +144,10 @@ class Suspend(Handover):
         self.receipt.guest = f"suspended in {self.to}"
 
     def _remove_unless_whole(self) -> None:
+        from shutil import rmtree
+
         if not (self.to / "machine.json").exists():
-            shutil.rmtree(self.to, ignore_errors=True)
+            rmtree(self.to, ignore_errors=True)
 
     async def _release(self) -> None:
         """Nobody is there for what was held."""
