@@ -42,7 +42,7 @@ class Pings:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._socket.settimeout(0.1)
-        self._number = 0
+        self._number = self._first = 0
         self._answered: set[int] = set()
         self._threads: list[threading.Thread] = []
         self._ending = threading.Event()
@@ -50,6 +50,7 @@ class Pings:
 
     def begin(self) -> None:
         self._ending.clear()
+        self._first = self._number
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._send, self._read)]
         for thread in self._threads:
             thread.start()
@@ -62,10 +63,11 @@ class Pings:
         self._ending.set()
         for thread in self._threads:
             thread.join()
-        if self._answered:
-            expected = set(range(min(self._answered), self._number))
+        answered = {number for number in self._answered if number >= self._first}
+        if answered:
+            expected = set(range(min(answered), self._number))
             self.sent += len(expected)
-            self.lost += len(expected - self._answered)
+            self.lost += len(expected - answered)
         self._answered = set()
         self._threads = []
 

@@ -97,6 +97,7 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the figures into an .svg or .png (segue[plot])"
     )
+    parser.add_argument("--save", metavar="FILE", help="write the object of --json there as well")
     parser.add_argument("--json", action="store_true", help="print an object, with every run")
     parser.set_defaults(run=run)
     if THINGS:
@@ -138,6 +139,7 @@ def count(text: str) -> int:
 
 def run(arguments: Namespace) -> int:
     import asyncio
+    import json
 
     from segue import bench
     from segue.cli import bench_table
@@ -153,6 +155,8 @@ def run(arguments: Namespace) -> int:
         finally:
             watcher.end()
     result = measuring.to_json()
+    if arguments.save:
+        Path(arguments.save).write_text(json.dumps(result, indent=1) + "\n")
     if arguments.plot:
         bench.draw(result, arguments.plot)
     if arguments.json:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 from segue.errors import Blocker
+from segue.kept import pagecache
 from segue.kept.base import Kept, Lending, Part
 from segue.qemu.binary import Binary
 from segue.qemu.commandline import CommandLine, Option
@@ -121,7 +122,9 @@ class Draft:
         """What one instance is started with, the program first; `items` in place of our own."""
         words = [str(lending.target.path)]
         for item in self.items if items is None else items:
-            words += item.arguments(lending) if isinstance(item, Part) else item.argv()
+            words += (
+                item.arguments(lending) if isinstance(item, Part) else pagecache.kept(item).argv()
+            )
         return words
 
 

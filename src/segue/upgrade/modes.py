@@ -9,8 +9,9 @@ migrate        RAM is copied too, into memory of the successor's        7.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from segue.errors import Blocker
@@ -162,9 +163,18 @@ def judge(facts: Facts) -> dict[str, tuple[Blocker, ...]]:
     return {name: tuple(mode.judge(facts)) for name, mode in MODES.items()}
 
 
-def choose(wanted: str, judged: dict[str, tuple[Blocker, ...]]) -> tuple[Mode, str]:
-    """The mode to use, and why. `auto` is the first that nothing stands against: the shortest."""
+def choose(wanted: str, judged: Mapping[str, Sequence[Blocker]]) -> tuple[Mode, str]:
+    """The mode to use, and why.
+
+    `auto` is the first that nothing stands against, since they are in the order of their pauses
+    (docs/benchmarks.md); where there is none, the one whose reasons help most.
+    """
     if wanted != AUTO:
         return MODES[wanted], "it was asked for"
-    name = next((n for n, blockers in judged.items() if not blockers), "handover")
-    return MODES[name], "it has the shortest pause of those that keep everything"
+    for name, blockers in judged.items():
+        if not blockers:
+            shorter = takewhile(lambda item: item[1], judged.items())
+            passed = [f"not {other}: {reasons[0].why}" for other, reasons in shorter]
+            why = "it has the shortest pause of those that keep everything"
+            return MODES[name], "; ".join([why, *passed])
+    return MODES["handover"], "no mode would work here"
