@@ -55,6 +55,13 @@ class Guest:
         seen = len(self.beat.data)
         self.beat.expect(rb"hb \d+ ", seen)
 
+    def plug_disk(self, image: Path, node: str, id: str, bus: str) -> None:
+        file = {"driver": "file", "filename": str(image)}
+        self.qmp.command("blockdev-add", {"driver": "raw", "node-name": node, "file": file})
+        self.qmp.command(
+            "device_add", {"driver": "virtio-blk-pci", "id": id, "drive": node, "bus": bus}
+        )
+
     def refused(self, release: str) -> list[str]:
         receipt = self.machine.upgrade("--to", qemu(release), status=5)
         return [f"{b['what']}: {b['why']}" for b in receipt["blockers"]]
@@ -552,3 +559,25 @@ def test_usb(segue: Segue, place: Path) -> None:
         guest.device_gone("u1")
         guest.until("! test -b /dev/sda")
         guest.upgrade("10.0")
+
+
+def test_every_mode_builds_the_machine_as_it_is_now(segue: Segue, place: Path) -> None:
+    with Guest(segue, place, "11.1") as guest:
+        guest.plug_disk(disk(place / "hot.raw"), "hot", "disk9", "port2")
+        guest.qmp.command(
+            "object-add", {"qom-type": "memory-backend-ram", "id": "mem9", "size": 128 << 20}
+        )
+        guest.qmp.command("device_add", {"driver": "pc-dimm", "id": "dimm9", "memdev": "mem9"})
+        guest.until("test -b /dev/vda")
+        guest.run("echo in every mode >/dev/vda; sync")
+        for mode in ("cpr-transfer", "cpr-exec", "migrate"):
+            receipt = guest.machine.handed_over("--to", qemu("11.1"), "--force", "--mode", mode)
+            assert receipt["mode"] == mode
+            guest.run("echo 3 >/proc/sys/vm/drop_caches")
+            assert "in every mode" in guest.run("head -c 13 /dev/vda")
+            devices = guest.qmp.command("query-memory-devices")
+            assert [d["data"]["id"] for d in devices] == ["dimm9"]
+        done = segue("suspend", "linux", "--to", str(place / "suspended"))
+        assert done.returncode == 5, done
+        assert "what was changed since the start" in done.stderr
+        guest.beats()

@@ -178,6 +178,7 @@ class Upgrader:
             *modes.without_vfio(await planning.vfio_devices(host.instance)),
             *await planning.incumbent_blockers(host.instance),
             *await host.machine.survey(host.instance.monitor),
+            *host.machine.changes.against_suspend(),
             *await interrupts.blockers(host.instance, host.binary),
         ]
         if blockers:

@@ -11,6 +11,7 @@ from segue.kept.base import Kept, Lending, Part
 from segue.kept.changes import backends, blocks, carried, devices, graph, hmp, jobs
 from segue.kept.changes.record import Record
 from segue.kept.changes.settings import Settings, actions
+from segue.kept.display import VncAddress
 from segue.kept.draft import Draft, Note, Words
 from segue.kept.unkeepable import UnkeepableRule
 from segue.qemu.commandline import CommandLine, Option
@@ -181,6 +182,9 @@ class Changes(Kept):
         self._to_settle = rest.kept
         self.notes = rest.notes
         await self._settings.survey(monitor, now, record)
+        for kept in self.draft.kept:
+            if isinstance(kept, VncAddress):
+                await kept.learn(monitor)  # a client may have given it another
         return [
             *disks.blockers,
             *rest.blockers,
@@ -195,6 +199,18 @@ class Changes(Kept):
             self.record.let_go.append([item.kind, item.name])
             item.close()
             self.changed()
+
+    def against_suspend(self) -> list[Blocker]:
+        """A directory has the command line that the machine was started with, and no more."""
+        if not (self._replaced or self._added or self._settings.commands):
+            return []
+        return [
+            Blocker(
+                "what was changed since the start",
+                "devices, disks or settings that clients changed are not in a suspended machine",
+                "undo the changes first",
+            )
+        ]
 
     def amend(self, items: list[Option | Part]) -> list[Option | Part]:
         """What the next instance is given in place of `items`."""
