@@ -12,6 +12,7 @@
     └── QemuError                   1   an instance misbehaved
         ├── InstanceDied            1   it ended when it should not have
         ├── CommandFailed           1   QMP answered with an error
+        ├── MigrationFailed         1   the state did not get across
         └── MonitorClosed           1   QMP ended before an answer came
 
 The number is the exit status of the command line, so that a caller of the library and a
@@ -124,6 +125,10 @@ class CommandFailed(QemuError):
     ) -> None:
         super().__init__(what, hint, guest)
         self.error_class = error_class
+
+
+class MigrationFailed(QemuError):
+    """The state did not get from one instance to the other; why, they say on their stderr."""
 
 
 class MonitorClosed(QemuError):

@@ -147,6 +147,7 @@ def test_microvm(segue: Segue, place: Path) -> None:
     )
     guest.upgrade("10.0", "7.2")
     receipt = guest.machine.upgrade("--to", qemu("11.1"), status=1)
+    assert "exceeds allocated max 256" in receipt["error"]["what"]
     assert receipt["guest"] == "running on the incumbent"
     guest.go_on()
     guest.upgrade("10.0")

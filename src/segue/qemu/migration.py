@@ -12,7 +12,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from segue.errors import CommandFailed, MonitorClosed, QemuError
+from segue.errors import CommandFailed, MigrationFailed, MonitorClosed
 from segue.qemu.instance import Instance
 from segue.qemu.monitor import Event, Monitor
 
@@ -120,7 +120,7 @@ class MigrationWatch:
     def until(self, *wanted: str) -> asyncio.Future[str]:
         """Done once the migration is, or has been, in one of these states: which it was.
 
-        Its exception is MonitorClosed if the instance ends first, QemuError if the migration
+        Its exception is MonitorClosed if the instance ends first, MigrationFailed if the migration
         fails. A plain future, since each task on the way costs the guest 0.1 ms of its pause.
         """
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -148,7 +148,9 @@ def _settle(future: asyncio.Future[str], status: str, wanted: tuple[str, ...]) -
     if status in wanted:
         future.set_result(status)
     else:
-        future.set_exception(QemuError(f"migration {status}", hint="see the machine's qemu.log"))
+        future.set_exception(
+            MigrationFailed(f"migration {status}", hint="see the machine's qemu.log")
+        )
         future.exception()
 
 

@@ -31,6 +31,7 @@ from segue.errors import (
     CommandFailed,
     GuestLost,
     InstanceDied,
+    MigrationFailed,
     MonitorClosed,
     QemuError,
     Refused,
@@ -532,6 +533,9 @@ class Handover:
             await self._go_back()
         except SegueError as worse:
             told = worse
+        if isinstance(told, MigrationFailed) and self.successor is not None:
+            said = [line.partition(": ")[2] or line for line in self.successor.last_words]
+            told = MigrationFailed("; ".join([told.what, *said[-2:]]), told.hint)
         self.receipt.failed(told)
 
     async def _go_back(self) -> None:
