@@ -51,6 +51,8 @@ def main() -> None:
     with resumed() as arrival:
         if fault("die"):
             os._exit(3)
+        if fault("odd"):
+            raise RuntimeError("\0 \ud800 " + "x" * 200_000)
         if fault("hang"):
             time.sleep(3600)
         if fault("import"):
@@ -73,8 +75,6 @@ def main() -> None:
             how, reason = arrival.how.value, arrival.reason
             if fault("late"):
                 raise RuntimeError("not ready after all")
-            if fault("odd"):
-                raise RuntimeError("\0 \ud800 " + "x" * 200_000)
             if fault("stuck"):
                 time.sleep(3600)
         if fault("hangup"):

@@ -148,6 +148,7 @@ def test_signals_at_any_moment_do_no_harm(daemon: Running) -> None:
         ("hook asked", "Refused", "the hook does not like it"),
         ("unloaded asked", "Refused", "the state was not loaded"),
         ("exit asked", "Refused", "SystemExit: 3"),
+        ("odd asked", "Refused", "xxxxx"),
         ("die asked", "NoAnswer", "ended without an answer"),
     ],
 )

@@ -24,8 +24,8 @@ from segue.cpr.errors import CprError, Misuse, Reason, Refused
 from segue.cpr.state import Parsed, State, read_all
 
 ENVIRONMENT = "SEGUE_CPR"
-# One string of the environment may be 128 KiB long.
-_LONGEST_REASON = 4096
+# Of a reason: one string of the environment may be 128 KiB long, and a pipe holds 64.
+_LONGEST = 4096
 
 
 class How(Enum):
@@ -60,10 +60,16 @@ class Arrival:
         self._state = self._parsed.state(State, kinds, self._descriptors)
         return self._state
 
-    def _settle(self) -> None:
-        """The block ended well: what was kept for the way back is let go."""
-        if self._state is None:
+    @property
+    def _loaded(self) -> bool:
+        return self._state is not None
+
+    def _require_loaded(self) -> None:
+        if not self._loaded:
             raise Refused("the state was not loaded", "call Arrival.load()", Reason.FAILED)
+
+    def _let_go(self) -> None:
+        assert self._state is not None
         self._state.close_ignored()
 
 
@@ -139,15 +145,15 @@ def _restarted(fd: int, timeout: float) -> Iterator[Arrival]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         arrival = Arrival(How.RESTART, parsed)
         yield arrival
-        arrival._settle()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        arrival._require_loaded()
     except BaseException as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         # An event loop makes a CancelledError of it.
         _go_back(fd, parsed, late[0] if late else error)
         raise
-    _arrived(fd, parsed)
+    _arrived(fd, arrival)
 
 
 def _went_back(fd: int, reason: str) -> Iterator[Arrival]:
@@ -155,15 +161,18 @@ def _went_back(fd: int, reason: str) -> Iterator[Arrival]:
     parsed = Parsed(read_all(fd))
     arrival = Arrival(How.BACK, parsed, reason=reason)
     yield arrival
-    arrival._settle()
-    _arrived(fd, parsed)
+    arrival._require_loaded()
+    _arrived(fd, arrival)
 
 
-def _arrived(fd: int, parsed: Parsed) -> None:
+def _arrived(fd: int, arrival: Arrival) -> None:
+    """There is no way back any more: what was kept for it is let go."""
     os.close(fd)
-    if parsed.back is not None:
-        # What was blocked meanwhile comes now, to the handlers that the block has installed.
-        signal.pthread_sigmask(signal.SIG_SETMASK, parsed.back.mask)
+    arrival._let_go()
+    back = arrival._parsed.back
+    assert back is not None  # restart() always writes it
+    # What was blocked meanwhile comes now, to the handlers that the block has installed.
+    signal.pthread_sigmask(signal.SIG_SETMASK, back.mask)
 
 
 def _go_back(fd: int, parsed: Parsed, error: BaseException) -> None:
@@ -171,7 +180,6 @@ def _go_back(fd: int, parsed: Parsed, error: BaseException) -> None:
     assert parsed.back is not None  # restart() always writes it
     # As the environment can carry it.
     reason = describe(error).encode(errors="replace").decode().replace("\0", "")
-    reason = reason[:_LONGEST_REASON]
     environment = dict(parsed.back.env) | {ENVIRONMENT: f"{How.BACK.value} {fd} {reason}"}
     passed = [fd, *(entry.fd for entry in parsed.entries)]
     try:
@@ -201,16 +209,18 @@ def execute(argv: tuple[str, ...], environment: Mapping[str, str], passed: list[
 
 
 def describe(error: BaseException) -> str:
-    if isinstance(error, CprError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = str(error)
+    if not isinstance(error, CprError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text[:_LONGEST]
 
 
 def to_line(error: BaseException | None) -> bytes:
     if error is None:
         answer: dict[str, Any] = {}
     elif isinstance(error, Refused):
-        answer = {"reason": error.reason.value, "what": error.what, "hint": error.hint}
+        hint = error.hint and error.hint[:_LONGEST]
+        answer = {"reason": error.reason.value, "what": error.what[:_LONGEST], "hint": hint}
     else:
         answer = {"reason": Reason.FAILED.value, "what": describe(error), "hint": None}
     return json.dumps(answer).encode("ascii") + b"\n"

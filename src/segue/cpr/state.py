@@ -20,12 +20,12 @@ have versions of their own. JSON because a person can read it; pickle would run 
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import fcntl
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -381,7 +381,7 @@ def _body(data: bytes) -> dict[str, Any]:
 
 
 def _checksum(magic: bytes, version: int, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(_HEADER.pack(magic, version, 0, len(body))))
+    return binascii.crc32(body, binascii.crc32(_HEADER.pack(magic, version, 0, len(body))))
 
 
 def _entry(descriptor: Descriptor) -> dict[str, Any]:

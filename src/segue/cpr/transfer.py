@@ -68,21 +68,21 @@ def receive(sock: socket.socket, *, timeout: float = TIMEOUT) -> Iterator[Arriva
     """The state that `transfer` sends over `sock`. As with `resumed`, the block makes it ready.
 
     When the block ends, this process owns the state. Whatever exception leaves it is told to the
-    sender, who goes on; the descriptors that had come are closed. So they are, by TransferFailed,
-    if the sender changes its mind, goes away before all had come, or takes longer than `timeout`
-    seconds to send it.
+    sender, who goes on. TransferFailed says that the sender changed its mind, went away before all
+    had come, or took longer than `timeout` seconds to send it. What had come is closed then; what
+    `load` has returned is the program's to close, as by then other objects may hold it.
     """
     channel = _Channel(sock, timeout)
     taken: list[int] = []
+    arrival: Arrival | None = None
     try:
         arrival = _fetch(channel, taken)
         yield arrival
-        arrival._settle()
+        arrival._require_loaded()
         channel.settle()
     except BaseException as error:
-        for fd in taken:
-            # The block may have closed some of them.
-            with contextlib.suppress(OSError):
+        if arrival is None or not arrival._loaded:
+            for fd in taken:
                 os.close(fd)
         if not isinstance(error, TransferFailed):
             with contextlib.suppress(TransferFailed):
