@@ -261,6 +261,37 @@ def test_one_that_is_paused_stays_paused() -> None:
     run(test)
 
 
+class OneByOne(Protocol):
+    """Takes one byte, and then wants no more until it is told."""
+
+    def data_received(self) -> None:
+        self.write(self.unread[:1])
+        del self.unread[:1]
+        self.pause_reading()
+
+
+def test_what_was_left_when_it_paused_is_offered_again() -> None:
+    async def test() -> None:
+        server = Server(OneByOne, listening())
+        server.start()
+        with await connect(server) as client:
+            client.sendall(b"abcd")
+            assert await read(client, 1) == b"a"
+            server.connections[0].resume_reading()
+            assert await read(client, 1) == b"b"
+            server = replaced(server, OneByOne)
+            assert server.connections[0].unread == b"cd"
+            server.connections[0].resume_reading()
+            assert await read(client, 1) == b"c"
+            # Lost before it could be offered: nobody is asked any more.
+            server.connections[0].resume_reading()
+            server.abort()
+            await asyncio.sleep(0)
+            assert await read(client, 1) == b""
+
+    run(test)
+
+
 def test_suspended_and_started_again_nothing_is_lost() -> None:
     async def test() -> None:
         server = Server(Framed, listening())

@@ -42,7 +42,7 @@ class Protocol:
     def data_received(self) -> None:
         """There is more in `unread`. Consume what is complete (`del unread[:n]`), leave the rest.
 
-        After a restart it is called again with what was left.
+        After a restart, and after resume_reading(), it is called again with what was left.
         """
 
     def eof_received(self) -> bool | None:
@@ -125,6 +125,7 @@ class Protocol:
     def resume_reading(self) -> None:
         self._paused = False
         self._listen()
+        self._offer()
 
     def close(self) -> None:
         """Close once all that was written is sent; if it is already, before this returns."""
@@ -153,8 +154,7 @@ class Protocol:
         if self._unsent:
             self._loop.add_writer(sock, self._writable)
         self._listen()
-        if self.unread and not self._paused and not self._closing:
-            self._loop.call_soon(self._left_over)
+        self._offer()
 
     def suspend(self, name: str) -> ConnectionState:
         """Stop, and say what the connection is; `name` is that of its descriptor.
@@ -218,9 +218,16 @@ class Protocol:
         if not self._call(self.eof_received):
             self.close()
 
+    def _offer(self) -> None:
+        """What is left in `unread` may be of use now."""
+        if self._loop is not None and self.unread and not self._paused and not self._closing:
+            self._loop.call_soon(self._left_over)
+
     def _left_over(self) -> None:
         # It may have been suspended, lost or paused since this was asked for.
-        if self._loop is not None and self.unread and not self._paused and not self._closing:
+        if self._socket is None or self._loop is None or self._paused or self._closing:
+            return
+        if self.unread:
             self._call(self.data_received)
 
     def _writable(self) -> None:
