@@ -40,6 +40,7 @@ from segue.qemu.instance import MONITOR_ID, Instance
 from segue.qmp.server import FDSETS
 from segue.saved import Loader
 from segue.supervisor import Supervisor
+from segue.suspended import discard
 from segue.upgrade import interrupts, journal
 from segue.upgrade.receipt import DONE, FAILED, Receipt, Side
 
@@ -287,6 +288,9 @@ class Recovery:
             )
         await self._kill_all_but(process)
         live = await self._load(supervisor, loader, process)
+        if directory := self.journal.get("directory"):
+            # It was being suspended: the guest is to go on here, and so nowhere else.
+            discard(Path(directory))
         supervisor.instance = live
         for kept in supervisor.machine.kept:
             kept.restore()

@@ -19,6 +19,7 @@ of compressed archives, 4 MiB that every supervisor would hold.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -286,6 +287,16 @@ class Suspended:
 
 def _damaged(path: Path, why: str) -> Refused:
     return Refused(f"{path} is damaged: {why}", hint="the guest cannot be resumed from it")
+
+
+def discard(directory: Path) -> None:
+    """Remove what `suspend` has put there, the description first; nothing else is touched."""
+    (directory / "machine.json").unlink(missing_ok=True)
+    for pattern in ("machine.json.new", "state", "ram-*", "file-*"):
+        for path in directory.glob(pattern):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def make_directory(path: Path) -> None:

@@ -165,3 +165,34 @@ def test_a_directory_that_is_not_empty(segue: Segue, place: Path) -> None:
     receipt = suspend(guest, place, status=5)
     assert "not empty" in str(receipt["error"])
     unharmed(console)
+
+
+@pytest.mark.parametrize(
+    ("phase", "written"),
+    [*((p, False) for p in ("prepare", "open", "hold", "move", "commit")), ("commit", True)],
+)
+def test_a_suspend_whose_supervisor_is_killed(
+    segue: Segue, place: Path, phase: str, written: bool
+) -> None:
+    """The guest goes on when it is taken up, and then there is nothing to be resumed."""
+    guest = segue.start("guest", tiny(place, "10.0"))
+    console = watch(guest, place)
+    pid, directory = guest.qemu_pid, place / "suspended"
+    assert guest.process is not None
+    with guest.qmp() as qmp:
+        qmp.begin("segue-suspend", {"to": str(directory), "x-break": [phase]})
+        qmp.event(phase=phase, state="break")
+        guest.process.kill()
+        guest.process.wait()
+    if written:
+        # Between two lines of the commit there is nothing to stop at: what the first one writes.
+        (directory / "machine.json").write_text("{}")
+    taken_up = segue("recover", "guest")
+    assert taken_up.returncode == 0, taken_up
+    assert guest.qemu_pid == pid
+    unharmed(console)
+    assert not directory.exists()
+    guest.handed_over("--to", qemu("11.1"))
+    unharmed(console)
+    guest.stop()
+    wait_until("the end", lambda: not segue.leftovers(), 10)

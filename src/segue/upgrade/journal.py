@@ -2,7 +2,8 @@
 
 Format, version 1: a file of exactly 4096 bytes, one JSON object padded with spaces:
 `{"version": 1, "phase": ..., "incumbent": {"pid", "start_time"}, "successor": {...} | null,
-"running": BOOL}`, the last saying whether the guest ran when the upgrade began.
+"running": BOOL, "directory": PATH | null}`: whether the guest ran when the upgrade began, and where
+it is being suspended to.
 The file is made at full size when the machine starts and then only overwritten in place, so that
 no full disk can come between an upgrade and its commit point. It is not synced: what it guards
 against is the crash of a process; a crash of the host takes the guest with it.
@@ -26,6 +27,7 @@ class Journal:
     """Raises SegueError if it cannot be written at all; overwriting needs no space."""
 
     running = True
+    directory: Path | None = None
 
     def __init__(self, path: Path) -> None:
         try:
@@ -44,6 +46,7 @@ class Journal:
             "incumbent": _identity(incumbent),
             "successor": _identity(successor) if successor else None,
             "running": self.running,
+            "directory": str(self.directory) if self.directory else None,
         }
         os.pwrite(self._fd, json.dumps(record).encode().ljust(_SIZE), 0)
 

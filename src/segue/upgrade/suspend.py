@@ -46,9 +46,12 @@ class Suspend(Handover):
     async def _prepare(self) -> None:
         await self._freeze()
         await self._look()
-        self.surroundings.journal.write("prepare", self.incumbent, None)
         make_directory(self.to)
         self._stack.callback(self._remove_unless_whole)
+        # A supervisor that takes the guest up after us must not leave it to be resumed as well.
+        self.surroundings.journal.directory = self.to.absolute()
+        self._stack.callback(setattr, self.surroundings.journal, "directory", None)
+        self.surroundings.journal.write("prepare", self.incumbent, None)
         free = os.statvfs(self.to)
         needed = sum(bytes_in(ram.fd) for ram in self._ram() if ram.place is None) + _SLACK
         if free.f_bavail * free.f_frsize < needed:
@@ -153,5 +156,6 @@ class Suspend(Handover):
         """Nobody is there for what was held."""
 
     async def _retire(self) -> None:
+        self.surroundings.journal.directory = None
         await self.incumbent.wait()
         self.surroundings.journal.write("done", self.incumbent, None)
