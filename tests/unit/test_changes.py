@@ -148,6 +148,23 @@ def test_a_drive_that_some_releases_make_for_nothing() -> None:
     assert blocks.survey(now, [], noted(made({}))).added == []
 
 
+def test_a_drive_with_a_file_and_options_of_it() -> None:
+    line = ("-drive", "if=none,id=d,file=/a,file.locking=off")
+    before = made(image("#1", "/a"), {"d": "#1"})
+    assert blocks.survey(before, options(*line), noted(before)).altered == {}
+
+
+def test_only_devices_without_an_id_whose_place_is_certain() -> None:
+    line = options("-device", "virtio-net,netdev=a", "-device", "edu", "-device", "edu,id=e")
+    assert devices._anonymous_options(line, ["virtio-net-pci", "edu"]) == {0: 0, 1: 1}
+    assert devices._anonymous_options(line, ["virtio-net-pci", "edu", "virtio-blk-pci"]) == {
+        0: 0,
+        1: 1,
+    }
+    # A -virtfs between the two made one as well.
+    assert devices._anonymous_options(line, ["virtio-net-pci", "virtio-9p-pci", "edu"]) == {}
+
+
 def test_lines_tell_graphs_apart() -> None:
     one = made({**image("#2", "/b", backing="#1"), **image("#1", "/a")}, {"d": "#2"})
     same = made({**image("#9", "/b", backing="#8"), **image("#8", "/a")}, {"d": "#9"})
@@ -161,6 +178,7 @@ def test_the_record_forgets_what_is_gone_and_goes_through_json() -> None:
     record.device_deleted("cold")
     record.note("device_add", {"driver": "x", "id": "cold"})
     record.note("device_add", {"driver": "x", "id": "hot"})
+    record.note("set_link", {"name": "hot", "up": False})
     record.device_deleted("hot")
     record.note("object-add", {"qom-type": "iothread", "id": "io"})
     record.note("object-add", {"qom-type": "iothread", "id": "io2"})
@@ -170,11 +188,13 @@ def test_the_record_forgets_what_is_gone_and_goes_through_json() -> None:
     record.note("qom-set", {"path": "/objects/io2", "property": "poll-max-ns", "value": 1})
     record.note("qom-set", {"path": "/objects/io2", "property": "poll-max-ns", "value": 2})
     record.note("qom-set", {"path": "vm0", "property": "requested-size", "value": 2})
+    record.note("qom-set", {"path": "/objects/io", "property": "poll-max-ns", "value": 2})
+    record.note("object-del", {"id": "io"})
     record.note("query-status", {})
     again = Record.from_json(json.loads(json.dumps(record.to_json())))
     assert again == record
     assert list(record.devices) == ["cold"] and record.unplugged == ["cold"]
-    assert list(record.objects) == ["io2"]
+    assert list(record.objects) == ["io2"] and record.links == {}
     assert record.passwords == [["set_password", {"protocol": "vnc", "password": "b"}]]
     assert record.properties == [["/objects/io2", "poll-max-ns", 2]]
 

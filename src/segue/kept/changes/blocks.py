@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from segue.errors import Blocker
+from segue.errors import BadCommandLine, Blocker
 from segue.kept.changes.graph import OURS, Graph, made_up
 from segue.kept.changes.record import Record
 from segue.qemu.commandline import Option
@@ -186,10 +186,13 @@ class _Said:
 def _said(options: Sequence[tuple[int, Option]], record: Record) -> _Said:
     said = _Said()
     for _, option in options:
+        try:
+            tree = option.params.tree() if option.name in ("blockdev", "drive") else {}
+        except BadCommandLine:
+            continue  # `file=NAME,file.locking=off`, which QEMU takes for a drive
         if option.name == "blockdev":
-            said.collect(option.params.tree(), option.params.json is None)
+            said.collect(tree, option.params.json is None)
         elif option.name == "drive":
-            tree = option.params.tree()
             of_node = {
                 key: value
                 for key, value in tree.items()

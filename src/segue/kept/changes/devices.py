@@ -50,9 +50,10 @@ class Devices:
     anonymous_gone: list[int] = field(default_factory=list)
 
 
-async def anonymous(monitor: Monitor) -> int:
-    """How many devices without an id there are; asked when nothing has been changed yet."""
-    return len(await _children(monitor, _ANONYMOUS))
+async def anonymous(monitor: Monitor) -> list[str]:
+    """The types of the devices without an id; asked when nothing has been changed yet."""
+    found = await _children(monitor, _ANONYMOUS)
+    return [found[name] for name in sorted(found, key=_number)]
 
 
 async def survey(
@@ -70,9 +71,9 @@ async def survey(
         _children(monitor, _NAMED), _children(monitor, _ANONYMOUS)
     )
     found = Devices()
-    at_start = _anonymous_options(options)
-    count = record.baseline.get("anonymous", 0)
-    kept = [n for n in range(count) if n not in record.unplugged_anonymous]
+    types: list[str] = record.baseline["anonymous"]
+    at_start = _anonymous_options(options, types)
+    kept = [n for n in range(len(types)) if n not in record.unplugged_anonymous]
     where: dict[int, str] = {}
     for index, option in options:
         id = option.id
@@ -119,12 +120,25 @@ async def _children(monitor: Monitor, folder: str) -> dict[str, str]:
     return {c["name"]: c["type"][6:-1] for c in listed if c["type"].startswith("child<")}
 
 
-def _anonymous_options(options: Sequence[tuple[int, Option]]) -> dict[int, int]:
-    """Place in the order of making → index, for what certainly has that place."""
-    text = [i for i, o in options if o.id is None and o.params.json is None]
-    json = [i for i, o in options if o.id is None and o.params.json is not None]
-    # Where drives make devices too, the places of JSON devices are not known from here.
-    return dict(enumerate(text)) if text or not json else dict(enumerate(json))
+def _anonymous_options(
+    options: Sequence[tuple[int, Option]], types: Sequence[str]
+) -> dict[int, int]:
+    """Place in the order of making → index, for what certainly has that place.
+
+    Other options make devices too (-drive if=virtio, -virtfs): where the types do not agree,
+    nothing is certain.
+    """
+    text = [(i, o) for i, o in options if o.id is None and o.params.json is None]
+    json = [(i, o) for i, o in options if o.id is None and o.params.json is not None]
+    found: dict[int, int] = {}
+    for start, group in ((0, text), (len(types) - len(json), json)):
+        made = types[max(start, 0) :]
+        if len(made) >= len(group) and all(
+            f"{kind}-".startswith(f"{o.params.get('driver')}-")
+            for kind, (_, o) in zip(made, group, strict=False)
+        ):
+            found |= {start + number: index for number, (index, _) in enumerate(group)}
+    return found
 
 
 def _number(name: str) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from segue.qemu.monitor import Monitor
 
 _INHERITED = re.compile(r"/proc/self/fd/\d+")
+_COUNTED = re.compile(r"\[\d+\]")
 OURS = "segue-block"
 
 
@@ -80,8 +81,7 @@ class Graph:
                 yield f"drive {name}: empty"
         for device, root in self.devices.items():
             # A device without an id has its path, which may be counted otherwise.
-            told = device if not device.startswith("/") else device.rpartition("/")[0]
-            yield f"disk of {told}: {self.text(root)}"
+            yield f"disk of {_COUNTED.sub('', device)}: {self.text(root)}"
         for node in self.children:
             if not made_up(node):
                 yield f"node {self.text(node)}"

@@ -65,6 +65,12 @@ class Record:
         """QEMU's event, whoever asked for it: a client, or the guest."""
         if self.devices.pop(id, None) is None and id not in self.unplugged:
             self.unplugged.append(id)
+        self._forget(id)
+
+    def _forget(self, id: str) -> None:
+        """What was set of it."""
+        self.links.pop(id, None)
+        self.properties = [p for p in self.properties if id not in p[0].split("/")]
 
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION, **asdict(self)}
@@ -81,6 +87,11 @@ class Record:
     def _object_del(self, arguments: Arguments) -> None:
         for known in (self.objects, self.private):
             known.pop(arguments["id"], None)
+        self._forget(arguments["id"])
+
+    def _netdev_del(self, arguments: Arguments) -> None:
+        self.netdevs.pop(arguments["id"], None)
+        self._forget(arguments["id"])
 
     def _blockdev_add(self, arguments: Arguments) -> None:
         if "node-name" in arguments:
@@ -129,7 +140,7 @@ _NOTED: Mapping[str, Callable[[Record, Arguments], None]] = {
     "object-add": _by_id("objects"),
     "object-del": Record._object_del,
     "netdev_add": _by_id("netdevs"),
-    "netdev_del": _without("netdevs"),
+    "netdev_del": Record._netdev_del,
     "chardev-add": _by_id("chardevs"),
     "chardev-change": _by_id("chardevs"),
     "chardev-remove": _without("chardevs"),

@@ -21,6 +21,7 @@ from segue.saved import Loader, Saver
 # Options that make drives.
 _DRIVES = ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd")
 _MADE_BY = {"object": "objects", "netdev": "netdevs", "chardev": "chardevs"}
+_REMOVES = {"object-del": "objects", "netdev_del": "netdevs", "chardev-remove": "chardevs"}
 _KINDS = {
     "ram": "objects",
     "tap": "netdevs",
@@ -90,10 +91,12 @@ class Changes(Kept):
             if said is not None and not str(answer).strip():
                 self.record.note(*said, text=True)
         self.record.note(command, arguments)
-        if command in ("object-del", "chardev-remove"):
-            part = self.parts.pop((_MADE_BY[command.partition("-")[0]], arguments["id"]), None)
+        if command in _REMOVES:
+            key = (_REMOVES[command], arguments["id"])
+            part = self.parts.pop(key, None)
             if part is not None:
                 part.close()
+            self._let_go(key)
         self.changed()
 
     def device_deleted(self, id: str) -> None:
@@ -138,6 +141,7 @@ class Changes(Kept):
                 self._own("chardevs", kept)
                 if old is not None:
                     old.close()
+                self._let_go(("chardevs", kept.name))
             return reply
 
         return add()
@@ -172,8 +176,8 @@ class Changes(Kept):
         )
         rest = await backends.survey(monitor, record, self.parts, self.draft)
         gone = {i for i, item in enumerate(items) if _made(item) in rest.gone}
-        for index in gone:
-            self._let_go(items[index])
+        for key in rest.gone:
+            self._let_go(key)
         self._replaced = {index: [] for index in disks.dropped | found.dropped | gone}
         self._replaced |= {i: [option] for i, option in (disks.altered | found.altered).items()}
         self._added = [*rest.added, *disks.added]
@@ -192,13 +196,14 @@ class Changes(Kept):
             *await jobs.blockers(monitor, now, record),
         ]
 
-    def _let_go(self, item: Option | Part) -> None:
+    def _let_go(self, key: Key) -> None:
         """QEMU may have something else under its descriptors' numbers by now."""
-        if isinstance(item, Kept) and item in self.draft.kept:
-            self.draft.kept[self.draft.kept.index(item)] = Gone(item.kind, item.name)
-            self.record.let_go.append([item.kind, item.name])
-            item.close()
-            self.changed()
+        for index, kept in enumerate(self.draft.kept):
+            if _made(kept) == key and not isinstance(kept, Gone):
+                self.draft.kept[index] = Gone(kept.kind, kept.name)
+                self.record.let_go.append([kept.kind, kept.name])
+                kept.close()
+                self.changed()
 
     def against_suspend(self) -> list[Blocker]:
         """A directory has the command line that the machine was started with, and no more."""
