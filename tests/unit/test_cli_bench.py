@@ -49,7 +49,7 @@ def test_the_table_shows_medians_and_all_that_was_lost(capfd: Capture) -> None:
         for gap in (0.020, 0.030, 0.022)
     ]
     cases = [
-        outcome("handover", runs=runs),
+        outcome("handover", runs=runs, ready=0.3),
         outcome("cpr-exec", refused="QEMU 10.0.2 does not have it"),
         outcome("migrate", unfinished=["phase open took longer than 60 s"] * 2),
     ]
@@ -72,6 +72,7 @@ def test_the_table_shows_medians_and_all_that_was_lost(capfd: Capture) -> None:
     told = "\n".join(rest)
     assert "cpr-exec: refused: QEMU 10.0.2 does not have it" in told
     assert "migrate: 2 runs did not converge and went back: phase open took" in told
+    assert "from start to a guest that runs: handover 300.0 ms" in told
     assert "24 MiB resident at rest, 25 MiB after 3 upgrades" in told
 
 

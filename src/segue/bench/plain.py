@@ -64,7 +64,9 @@ class Plain(Subject):
             raise SegueError(f"{self.case.old} does not know the machine type q35")
         self._machine = f"{q35.name},memory-backend=pc.ram"
         self._argv = guest.machine(self.case, self._place, self._number)
+        began = time.monotonic()
         self._instance, shell = await self._spawn(self.case.old)
+        self.ready = time.monotonic() - began
         self._shell = Shell(shell)
         await asyncio.to_thread(self.heartbeat.wait, BOOTED, BOOT_LIMIT)
         await guest.load_once(self.case, self._shell)

@@ -39,7 +39,7 @@ class Outcome:
 
     `unfinished` tells of the runs that took too long and were undone: a guest that dirties its
     memory faster than it is copied. `trace` are the beats around the last run, in seconds from
-    its beginning.
+    its beginning. `ready` are the seconds that its start took.
     """
 
     case: Case
@@ -50,6 +50,7 @@ class Outcome:
     not_kept: list[str] = field(default_factory=list)
     trace: list[float] = field(default_factory=list)
     refused: str | None = None
+    ready: float | None = None
 
     @property
     def summaries(self) -> dict[str, Summary | None]:
@@ -60,6 +61,7 @@ class Outcome:
             **self.case.to_json(),
             "old_version": self.old,
             "new_version": self.new,
+            "ready": self.ready,
             "refused": self.refused,
             "converged": len(self.runs),
             "unfinished": self.unfinished,
@@ -125,6 +127,7 @@ class Bench:
                 self._watcher.starting(subject.case)
                 stack.push_async_callback(subject.close)
                 await subject.start()
+                self.outcomes[index].ready = subject.ready
                 self._note_supervisor(index)
                 await subject.rest()
             total = self._runs * len(self._subjects)

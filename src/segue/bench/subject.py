@@ -36,6 +36,8 @@ class Subject(ABC):
     pings: Pings | None = None
     binary: Path
     """The QEMU that it runs."""
+    ready: float | None = None
+    """Seconds from starting it until its guest ran."""
 
     @property
     @abstractmethod

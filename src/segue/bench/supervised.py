@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ class Embedded(Supervised):
             *("-chardev", f"socket,id=shell,path={shell},server=on,wait=off"),
         ]
         # A session of its own: a Ctrl-C is for us, who then end it.
+        began = time.monotonic()
         starting = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "segue", "run", "--name", self._name, "--detach", "--"),
             *command,
@@ -159,6 +161,7 @@ class Embedded(Supervised):
         if starting.returncode:
             reason, *_ = said.decode(errors="replace").splitlines() or ["no reason was given"]
             raise SegueError(f"the guest could not be started: {reason.removeprefix('segue: ')}")
+        self.ready = time.monotonic() - began
         await self.attach(machines.find(self._name))
         self._shell = Shell(_connected(shell))
         self.heartbeat = Heartbeat()

@@ -33,6 +33,9 @@ def show(result: Json) -> None:
         for line in _notes(cases):
             print(f"  {line}")
         print()
+    ready = [f"{c['way']} {output.seconds(c['ready'])}" for c in result["cases"] if c["ready"]]
+    if ready:
+        print(f"from start to a guest that runs: {', '.join(ready)}")
     for one in result["supervisors"]:
         before, *_, after = one["resident"]
         print(

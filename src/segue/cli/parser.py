@@ -116,8 +116,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not own:
         build().print_help(sys.stderr)
         raise UsageError("no command was given", hint="segue ls shows the machines that run")
-    if own[0] in COMMANDS:
-        parser = build(own[:1])
+    if own[0] in COMMANDS or own[0] == "--version":
+        parser = build([name for name in own[:1] if name in COMMANDS])
     else:
         _suggest(own[0])
         parser = build()
