@@ -46,7 +46,8 @@ def _beats(axes: Any, cases: Sequence[Mapping[str, Any]]) -> None:
     axes.eventplot(rows, lineoffsets=range(len(rows)), linelengths=0.8, linewidths=0.5)
     axes.set_yticks(range(len(rows)), [_label(case) for case in traced])
     axes.invert_yaxis()
-    axes.set_xlim(-120, 60)
+    longest = max((max(b - a for a, b in pairwise(case["trace"])) for case in traced), default=0.1)
+    axes.set_xlim(-1500 * longest, 750 * longest)
     axes.set_xlabel("ms, from the end of the gap")
     axes.set_title("Heartbeats around the last upgrade of each")
 
@@ -67,6 +68,8 @@ def _growth(axes: Any, cases: Sequence[Mapping[str, Any]]) -> None:
             ram, [m * 1000 for m in median], spread, label=f"{way}, {load}", marker="o", capsize=3
         )
     axes.set_xscale("log", base=2)
+    sizes = sorted({case["ram"] / 2**30 for case in cases})
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.set_xlabel("guest RAM, GiB")
     axes.set_ylabel("gap, ms (median, quartiles)")
     axes.set_ylim(bottom=0)

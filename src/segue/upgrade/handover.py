@@ -122,6 +122,7 @@ class Handover:
     _before: migration.Settings | None = None
     _fresh: migration.Settings | None = None
     _told: list[Event] = field(default_factory=list)
+    _serving: int | None = None
     _frozen: bool = False
     _migrating: bool = False
     _undoing: bool = False
@@ -355,7 +356,7 @@ class Handover:
         if self.successor.monitor.closed:
             raise await self.successor.death()
         self._told.clear()
-        unlisten = self.successor.monitor.listen(self._told.append)
+        unlisten = self.successor.monitor.listen(self._successor_event)
         answer = self.successor.monitor.relay({"execute": "cont"})
         sent = time.time()
         try:
@@ -425,10 +426,26 @@ class Handover:
             )
         )
 
+    def _successor_event(self, event: Event) -> None:
+        """The guest runs from RESUME on, so it is served at once.
+
+        QEMU answers `cont` later, by as much as the whole pause when the guest keeps it busy: in
+        that time nobody would hear the guest.
+        """
+        self._told.append(event)
+        if event["event"] == "RESUME":
+            self._serve()
+
+    def _serve(self) -> None:
+        assert self.successor is not None
+        if self._serving != self.successor.number:
+            self._serving = self.successor.number
+            for kept in self.surroundings.kept:
+                kept.switch(self.successor.number)
+
     def _switch(self) -> None:
         assert self.successor is not None
-        for kept in self.surroundings.kept:
-            kept.switch(self.successor.number)
+        self._serve()
         # What the running guest has already made it tell is for the clients too.
         self.surroundings.served(self.successor, self._told)
 
