@@ -160,6 +160,7 @@ def test_client_of_the_upgrade_vanishes(survivor: Survivor, phase: str) -> None:
     survivor.go_on()
     survivor.qmp.event(phase="retire", state="end")
     wait_until("the end of the incumbent", lambda: not alive(before))
+    wait_until("word of the successor", lambda: survivor.machine.qemu_pid != before)
     survivor.well()
 
 
