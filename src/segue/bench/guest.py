@@ -136,7 +136,7 @@ class Shell:
 async def load_once(case: Case, shell: Shell) -> None:
     """What goes on from the start to the end of the machine."""
     if case.load is Load.DIRTY:
-        await shell.command(f"guest churn {case.ram >> 22} &")
+        await shell.command(f"(guest churn {case.ram >> 22} &)")
 
 
 async def load_again(case: Case, shell: Shell) -> None:
