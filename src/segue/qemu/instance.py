@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from segue.errors import InstanceDied, MonitorClosed, NotRunning, TimedOut
-from segue.qemu.monitor import Monitor
+from segue.qemu.monitor import Event, Monitor
 from segue.saved import Loader, Saver, raw
 
 MONITOR_ID = "segue-monitor"
@@ -42,16 +42,16 @@ def _identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _exit_status(pidfd: int) -> int:
+def _exit_status(pidfd: int) -> int | None:
     """As a shell would show it, of a process that has ended; it is reaped.
 
-    1 where it is not our child: then it was started by a supervisor that was killed, and only its
-    parent is told.
+    None where it is not our child: then it was started by a supervisor that was killed, and only
+    its parent is told.
     """
     try:
         ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     except ChildProcessError:
-        return UNKNOWN_STATUS
+        return None
     assert ended is not None
     return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
 
@@ -97,6 +97,7 @@ class Instance:
         self._pidfd = os.pidfd_open(pid)
         self._stderr = -1
         self._half_a_line = b""
+        self._shuts_down = False
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._read_last_words: Callable[[], None] = lambda: None
         self._loop.add_reader(self._pidfd, self._reap)
@@ -230,7 +231,12 @@ class Instance:
             instance._monitor = await Monitor.recover(ends[0], greeting, timeout)
         except TimeoutError:
             raise TimedOut(f"QEMU (pid {instance.pid}) did not answer for {timeout:g} s") from None
+        instance._monitor.listen(instance._heard)
         return instance
+
+    def _heard(self, event: Event) -> None:
+        """Of a process whose exit status nobody will tell us."""
+        self._shuts_down = self._shuts_down or event["event"] == "SHUTDOWN"
 
     def become(
         self,
@@ -361,6 +367,8 @@ class Instance:
             self._monitor.read_rest()
         elif self._sock is not None:
             self._sock.close()
+        if status is None:
+            status = 0 if self._shuts_down else UNKNOWN_STATUS
         self._ended.set_result(status)
 
     def _read_stderr(self, fd: int, on_stderr: Callable[[bytes], None]) -> None:
