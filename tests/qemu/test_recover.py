@@ -21,7 +21,16 @@ from typing import Any
 import pytest
 
 from tests.qemu.conftest import tiny, unharmed, watch
-from tests.qemu.harness import Client, Machine, Qmp, Segue, alive, qemu, wait_until
+from tests.qemu.harness import (
+    Client,
+    Machine,
+    Qmp,
+    Segue,
+    alive,
+    kill_between_turns,
+    qemu,
+    wait_until,
+)
 
 
 class Orphan:
@@ -56,7 +65,7 @@ class Orphan:
 
     def kill(self) -> None:
         pid = self.supervisor
-        os.kill(pid, signal.SIGKILL)
+        kill_between_turns(pid)
         if self.machine.process is not None and self.machine.process.pid == pid:
             self.machine.process.wait()
         wait_until("the supervisor's death", lambda: not alive(pid))

@@ -17,7 +17,7 @@ import pytest
 from qemu.qmp.qmp_client import ExecuteError
 
 from tests.qemu.conftest import tiny, unharmed, watch
-from tests.qemu.harness import Machine, Segue, descriptors, qemu, wait_until
+from tests.qemu.harness import Machine, Segue, descriptors, kill_between_turns, qemu, wait_until
 from tests.qemu.test_lines import Terminal
 
 
@@ -131,7 +131,7 @@ def test_as_systemd_has_it(segue: Segue, place: Path) -> None:
             wait_until("the new code", lambda: "is still there" in log.read_text())
             assert qmp.command("query-status")["status"] == "running"
         unharmed(console)
-        process.kill()
+        kill_between_turns(process.pid)
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         assert notices.recv(4096) == b"READY=1"
         unharmed(console)
