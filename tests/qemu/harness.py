@@ -295,12 +295,13 @@ def kill_between_turns(pid: int) -> None:
     A kill at any other moment loses that, which is documented, and so not what tests look for.
     """
     waiting = {"x86_64": ("232", "281"), "aarch64": ("22",)}[os.uname().machine]
+
+    def stands() -> bool:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+
     for _ in range(1000):
         os.kill(pid, signal.SIGSTOP)
-        stat = Path(f"/proc/{pid}/stat")
-        wait_until(
-            "its standstill", lambda: stat.read_bytes().rpartition(b")")[2].split()[0] == b"T"
-        )
+        wait_until("its standstill", stands)
         if Path(f"/proc/{pid}/syscall").read_text().split()[0] in waiting:
             break
         os.kill(pid, signal.SIGCONT)
