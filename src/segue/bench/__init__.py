@@ -3,6 +3,8 @@
 cases       what is to be compared: how × from which QEMU to which × RAM × load
 heartbeat   what somebody outside sees of a guest that beats a thousand times a second
 pings       what somebody on its network sees
+net         ... through upgrades on a tap, three ways
+throughput  what goes through a user network, three ways
 guest       the Linux guest that is measured: its files, its command line, its shell
 subject     one machine under measurement, whoever runs it
 supervised  ... run by `segue run`

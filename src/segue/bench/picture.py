@@ -35,6 +35,22 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     pyplot.close(figure)
 
 
+def draw_arrivals(result: Mapping[str, Any], path: str) -> None:
+    """The JSON document of `segue bench net`: when pings were answered, around one upgrade."""
+    pyplot = _pyplot()
+    taps = [tap for tap in result["taps"] if tap["arrivals"]]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + len(taps)), layout="constrained")
+    rows = [[t * 1000 for t in tap["arrivals"]] for tap in taps]
+    axes.eventplot(rows, lineoffsets=range(len(rows)), linelengths=0.8, linewidths=0.5)
+    axes.set_yticks(range(len(rows)), [tap["way"] for tap in taps])
+    axes.invert_yaxis()
+    axes.set_xlim(-500, 200)
+    axes.set_xlabel("ms, from the end of the longest silence")
+    axes.set_title("Answers to pings around the last upgrade of each")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def _beats(axes: Any, cases: Sequence[Mapping[str, Any]]) -> None:
     """A row a case; each beat is a tick, so that a gap is what is white."""
     traced = [case for case in cases if case["trace"]]

@@ -19,8 +19,6 @@ from segue.errors import SegueError, UsageError
 
 _CLONE_NEWNET = 0x40000000
 _PACE = 0.002
-_LAST_ANSWERS = 0.5
-"""Seconds that an answer may take before it counts as lost."""
 
 
 def enter_namespace() -> None:
@@ -35,7 +33,12 @@ def enter_namespace() -> None:
 
 
 class Pings:
-    """`begin` and `end` a stretch of requests; `lost` and `sent` count over all stretches."""
+    """`begin` and `end` a stretch of requests; `lost` and `sent` count over all stretches.
+
+    `patience` is how many seconds an answer may take before it counts as lost.
+    """
+
+    patience = 0.5
 
     def __init__(self, to: str) -> None:
         self._to = to
@@ -76,7 +79,7 @@ class Pings:
         while not self._ending.is_set():
             body = struct.pack("!BBHHHI", 8, 0, 0, 77, self._number & 0xFFFF, self._number)
             body = body[:2] + struct.pack("!H", _checksum(body)) + body[4:]
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):  # no room, or nobody answers to ARP yet
                 self._socket.sendto(body, (self._to, 0))
             self._number += 1
             due += _PACE
@@ -88,9 +91,12 @@ class Pings:
             with contextlib.suppress(TimeoutError):
                 packet = self._socket.recv(2048)
                 if packet[20] == 0 and len(packet) >= 32:
-                    self._answered.add(int.from_bytes(packet[28:32], "big"))
+                    self.answered(int.from_bytes(packet[28:32], "big"))
             if self._ending.is_set() and until == float("inf"):
-                until = time.monotonic() + _LAST_ANSWERS
+                until = time.monotonic() + self.patience
+
+    def answered(self, number: int) -> None:
+        self._answered.add(number)
 
     def close(self) -> None:
         if self._threads:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from segue.bench import Case, Outcome, Subject
     from segue.cli.parser import Commands
 
-THINGS: tuple[str, ...] = ("qmp", "reexec")
+THINGS: tuple[str, ...] = ("qmp", "net", "reexec")
 
 _MODES = ("plain", "handover", "cpr-transfer", "cpr-exec", "migrate")
 _LOADS = ("idle", "dirty", "disk", "net")
