@@ -20,7 +20,8 @@ def test_what_a_cpu_option_asks_for(model: str, props: dict[str, object]) -> Non
 
 
 def test_the_next_instance_is_told_what_differs_and_what_the_user_said() -> None:
-    values = Values("max,-avx2,+x2apic", cpu={"avx2": False, "x2apic": False, "sse": True})
+    model = "max,-avx2,+x2apic,gone=off"
+    values = Values(model, cpu={"avx2": False, "x2apic": False, "sse": True, "gone": False})
     target = {"avx2": False, "x2apic": True, "sse": True, "fred": True}
     assert values.cpu_arguments(target) == "max,avx2=off,x2apic=off,fred=off"
 

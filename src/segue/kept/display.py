@@ -69,6 +69,8 @@ class VncAddress(Kept):
             return
         if arguments.get("protocol", "vnc") != "vnc" or arguments.get("type", "vnc") != "vnc":
             return
+        if arguments.get("display", "default") != "default":
+            return  # a second server's, and its password has to be set anew
         match command:
             case "set_password" | "change-vnc-password":
                 password = {"protocol": "vnc", "password": arguments["password"]}

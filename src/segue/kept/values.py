@@ -5,6 +5,7 @@ They are noted when the first instance runs, and told to every later one.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,7 +50,10 @@ class Values:
         if asked:
             path = (await monitor.execute("query-cpus-fast"))[0]["qom-path"]
             for name in asked:
-                self.cpu[name] = await monitor.execute("qom-get", {"path": path, "property": name})
+                with contextlib.suppress(CommandFailed):  # a word for how the CPU is made
+                    self.cpu[name] = await monitor.execute(
+                        "qom-get", {"path": path, "property": name}
+                    )
 
     def to_json(self) -> dict[str, Any]:
         return {"machine_type": self.machine_type, "cpu": self.cpu}
@@ -67,7 +71,9 @@ class Values:
         settings |= {n: False for n, v in target.items() if v is True and n not in self.cpu}
         changed = {n: v for n, v in settings.items() if target[n] != v}
         model = self.cpu_model or ""
-        words = [f"{name}={_text(value)}" for name, value in (wishes(model) | changed).items()]
+        # What the target does not know is off there.
+        said = {n: v for n, v in wishes(model).items() if n in target or v is not False}
+        words = [f"{name}={_text(value)}" for name, value in (said | changed).items()]
         return ",".join([model.partition(",")[0], *words])
 
     def cpu_lacks(self, target: dict[str, Any]) -> list[str]:
