@@ -5,15 +5,12 @@ The guest writes and verifies blocks on an nvme that it has by vfio-pci, through
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.qemu.harness import LIMIT, Client, Machine, Segue, cache, qemu
+from tests.qemu.harness import Client, Segue, cache, qemu
 from tests.qemu.test_linux import _DISK
-from tests.qemu.test_modes import DYING
 
 NVME = "0000:00:08.0"
 _BOOT = "/proc/sys/kernel/random/boot_id"
@@ -53,23 +50,6 @@ def goes_on(disk: Client) -> None:
     assert b"BAD" not in disk.data
 
 
-def spoil(guest: Machine, phase: str) -> None:
-    """A cpr-transfer whose successor is killed at the beginning of `phase`."""
-    incumbent = guest.qemu_pid
-    with guest.qmp() as qmp, guest.qmp() as other:
-        arguments = {"mode": "cpr-transfer", "force": True, "x-break": [phase]}
-        going = qmp.begin("segue-upgrade", arguments)
-        qmp.event(phase=phase, state="break")
-        ours = (guest.status()["supervisor_pid"], incumbent)
-        (successor,) = (pid for pid in guest.segue.processes() if pid not in ours)
-        os.kill(successor, signal.SIGKILL)
-        other.command("x-segue-continue")
-        receipt = going.result(LIMIT)
-    assert receipt["result"] == "failed", receipt
-    assert receipt["guest"] == "running on the incumbent"
-    assert guest.qemu_pid == incumbent
-
-
 def test_nvme_through_the_modes_that_keep_it(segue: Segue, place: Path, nvme: str) -> None:
     guest = segue.start("vfio", linux(place, nvme))
     shell, disk = guest.connect(place / "console"), guest.connect(place / "disk")
@@ -91,30 +71,16 @@ def test_nvme_through_the_modes_that_keep_it(segue: Segue, place: Path, nvme: st
     assert guest.qemu_pid != pid
     goes_on(disk)
 
-    assert guest.upgrade("--rehearse")["result"] == "rehearsed"
-    goes_on(disk)
-    for phase in ("open", "move", "commit"):
-        spoil(guest, phase)
-        goes_on(disk)
-
     pid = guest.qemu_pid
-    guest.handed_over("--force", "--mode", "cpr-exec")
+    for mode in ("auto", "cpr-exec"):
+        refused = guest.upgrade("--mode", mode, "--rehearse", status=5)
+        assert "rehearsed" in refused["error"]["what"]
     assert guest.qemu_pid == pid
     goes_on(disk)
 
-    for how in ("exits at once", "refuses the state"):
-        new = place / "qemu-new"
-        new.write_text(
-            f'#!/bin/sh\n[ -z "$QEMU_CPR_EXEC_STATE" ] && exec {qemu("11.1")} "$@"\n'
-            + DYING[how].format(qemu=qemu("11.1"))
-        )
-        new.chmod(0o755)
-        receipt = guest.upgrade("--to", str(new), "--mode", "cpr-exec", "--force", status=1)
-        assert receipt["guest"].startswith("running on the incumbent's binary again"), receipt
-        goes_on(disk)
-    guest.handed_over("--force")
+    guest.handed_over("--force", "--mode", "cpr-exec")
+    assert guest.qemu_pid == pid
     goes_on(disk)
-
     assert shell.command(f"cat {_BOOT}") == boot
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from segue.errors import GuestLost, QemuError, Refused, SegueError
 from segue.kept.base import Lending
-from segue.qemu import migration, vfio
+from segue.qemu import migration
 from segue.qemu.instance import Instance, monitor_words
 from segue.upgrade import images, launcher
 from segue.upgrade.handover import Handover
@@ -229,7 +229,6 @@ class CprExec(Handover):
         self.surroundings.journal.write("undo", self.successor, None)
         await self.successor.kill()
         self.successor.close()
-        vfio.forget_addresses(self._preserved.values())
         lending = self.surroundings.lend(True)
         place = self._place = self._new_place(lending, max([*self._preserved, 2]) + 1)
         path = self.surroundings.directory / _LAUNCHER

@@ -11,7 +11,7 @@ from segue.kept.description import Description
 from segue.kept.draft import Note
 from segue.qemu.binary import Binary, missing_devices, probe
 from segue.qemu.instance import Instance
-from segue.upgrade import interrupts, modes, scout
+from segue.upgrade import devices, interrupts, modes, scout
 from segue.upgrade.modes import MODES, Facts, Mode
 
 OLDEST = (7, 2, 0)
@@ -52,8 +52,8 @@ async def make(
 ) -> Plan:
     """Judge `to` for this machine. Raises Refused if it is not a QEMU that answers."""
     target = await probe(to)
-    types = await _device_types(incumbent)
-    vfio = vfio_types(types)
+    types = await devices.types(incumbent.monitor)
+    vfio = devices.vfio(types)
     kvm = await incumbent.monitor.execute("query-kvm")
     facts = Facts(running, target, incumbent.argv, vfio, kvm["enabled"])
     judged = modes.judge(facts)
@@ -137,25 +137,6 @@ async def _devices(types: set[str], target: Binary) -> list[Blocker]:
             if driver.startswith("virtio-mem")
         ]
     return blockers
-
-
-async def _device_types(incumbent: Instance) -> set[str]:
-    """The QOM types of the user's devices, with and without an id."""
-    types = set()
-    for container in ("/machine/peripheral", "/machine/peripheral-anon"):
-        for child in await incumbent.monitor.execute("qom-list", {"path": container}):
-            if child["type"].startswith("child<"):
-                types.add(child["type"][len("child<") : -1])
-    return types
-
-
-def vfio_types(types: set[str]) -> list[str]:
-    return sorted(driver for driver in types if driver.startswith("vfio-"))
-
-
-async def vfio_devices(incumbent: Instance) -> list[str]:
-    """The types of the VFIO devices that it has."""
-    return vfio_types(await _device_types(incumbent))
 
 
 async def incumbent_blockers(incumbent: Instance, *, cpr: bool = False) -> list[Blocker]:

@@ -21,7 +21,7 @@ from segue.qemu.binary import Binary
 from segue.qemu.instance import Instance
 from segue.qemu.monitor import Event
 from segue.qmp.gate import Gate
-from segue.upgrade import interrupts, modes
+from segue.upgrade import devices, interrupts, modes
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, Surroundings, called_off
@@ -175,7 +175,7 @@ class Upgrader:
         loses_interrupts = await interrupts.can_be_lost(host.instance, host.binary)
         blockers = [
             *host.machine.draft.blockers,
-            *modes.without_vfio(await planning.vfio_devices(host.instance)),
+            *modes.without_vfio(devices.vfio(await devices.types(host.instance.monitor))),
             *await planning.incumbent_blockers(host.instance),
             *await host.machine.survey(host.instance.monitor),
             *host.machine.changes.against_suspend(),
@@ -279,13 +279,13 @@ class Upgrader:
         if plan.current and not force and not rehearse:
             receipt.result = CURRENT
             return
-        if rehearse and plan.rehearsal != plan.mode.rehearsal:
+        if rehearse and plan.modes["handover"]:
             receipt.failed(
                 Refused(
-                    f"{plan.mode.name} cannot be rehearsed here: there is no way back from it but "
-                    f"a rehearsal by {plan.mode.rehearsal}",
-                    hint="rehearse --mode cpr-transfer",
-                    blockers=plan.modes[plan.mode.rehearsal or ""],
+                    f"{plan.mode.name} cannot be rehearsed here: with a VFIO device QEMU "
+                    "does not go on after it was stopped",
+                    hint="`segue check` says what else is known beforehand",
+                    blockers=plan.modes["handover"],
                 )
             )
             return
