@@ -124,6 +124,7 @@ class Heartbeat:
         self._sockets: list[socket.socket] = []
         self._change = threading.Condition()
         self._awaited: int | None = None
+        self._closed = False
 
     def listen(self, sock: socket.socket) -> None:
         """Read from `sock` until its end, in a thread of its own; the socket is ours from here."""
@@ -149,15 +150,21 @@ class Heartbeat:
         """Until `more` beats have come from now on. Raises SegueError after `limit` seconds."""
         with self._change:
             self._awaited = wanted = len(self.beats.arrived) + more
-            there = self._change.wait_for(lambda: len(self.beats.arrived) >= wanted, limit)
+            there = self._change.wait_for(
+                lambda: len(self.beats.arrived) >= wanted or self._closed, limit
+            )
             self._awaited = None
-        if not there:
+        if not there or self._closed:
             raise SegueError(
                 f"the guest's heartbeat did not come for {limit:g} s",
                 hint="is the host overloaded?",
             )
 
     def close(self) -> None:
+        """Whoever waits, in a thread that cannot be cancelled, does not wait any longer."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
         for sock in self._sockets:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
