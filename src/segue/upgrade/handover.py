@@ -544,6 +544,8 @@ class Handover:
         else:
             told = SegueError(f"internal error in phase {self.phase.name}: {error!r}")
         if isinstance(told, GuestLost):
+            # What the incumbent holds is the guest of before: nobody is to resume that by mistake.
+            await self.incumbent.kill()
             self.receipt.failed(told)
             return
         try:
