@@ -210,7 +210,6 @@ class CprExec(Handover):
         if self._connection is None:
             await super()._undo()
         else:
-            self._tell({"phase": "undo", "state": "begin"})
             try:
                 async with asyncio.timeout(_WAYS_BACK):
                     await self._bring_back()
@@ -221,7 +220,6 @@ class CprExec(Handover):
                     guest="lost",
                 ) from None
             self.phase = PREPARE
-            self._tell({"phase": "undo", "state": "end"})
 
     async def _bring_back(self) -> None:
         """The binary that ran before takes the guest up again, as a process of its own."""

@@ -560,11 +560,15 @@ class Handover:
     async def _go_back(self) -> None:
         """Undo. Whoever waits is told if that takes long: an incumbent that hangs, for one."""
         self._undoing = True
+        self._tell({"phase": UNDO.name, "state": "begin"})
+        started = time.monotonic()
         undo = asyncio.ensure_future(self._undo())
         await asyncio.wait((undo,), timeout=self._limit(UNDO))
         if not undo.done():
             self._tell_limbo("the incumbent does not answer")
         await undo
+        seconds = round(time.monotonic() - started, 6)
+        self._tell({"phase": UNDO.name, "state": "end", "seconds": seconds})
 
     def _restore(self) -> None:
         for kept in self.surroundings.kept:
@@ -575,7 +579,6 @@ class Handover:
 
     async def _undo(self) -> None:
         """The incumbent goes on. Raises GuestLost if it cannot."""
-        self._tell({"phase": "undo", "state": "begin"})
         if self.successor is not None:
             await self.successor.kill()
             self.successor.close()
@@ -612,7 +615,6 @@ class Handover:
             self.receipt.blackout_seconds = _seconds(resume) - _seconds(stop)
         self.surroundings.journal.write("done", self.incumbent, None)
         self.phase = PREPARE
-        self._tell({"phase": "undo", "state": "end"})
 
 
 def called_off() -> SegueError:
