@@ -22,6 +22,9 @@ _TO_INSTANCE = 16384
 # From the guest: as large as the kernel allows everybody (wmem_max), since a virtio console drops
 # what has no room. A line of 25 bytes each millisecond then has room for half a second.
 _FROM_INSTANCE = 212992
+# While a supervisor becomes another, and reads nothing; root alone may have so much.
+_WHILE_NOBODY_READS = 4 << 20
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 # More than can wait in either direction. One recv() of this size takes all of it, or an
 # instance that reads at the same moment does: they cannot interleave, as the kernel holds the
 # socket's lock for the whole call.
@@ -57,6 +60,10 @@ class Pair:
 
     def save(self, saver: Saver) -> dict[str, Any]:
         saver.fd("theirs", self.theirs.fileno(), lent=True)
+        if saver.exact:
+            with contextlib.suppress(PermissionError):
+                room = _WHILE_NOBODY_READS
+                self.theirs.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, room)
         if self.ours is not None:
             saver.fd("ours", self.ours.fileno(), lent=self.inherited)
         return {"inherited": self.inherited}
@@ -70,6 +77,7 @@ class Pair:
             return cls.dead()
         if ours is not None:
             ours.setblocking(False)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
         return cls(ours, theirs, data["inherited"])
 
     @property
