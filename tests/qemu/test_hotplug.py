@@ -21,7 +21,7 @@ def linux(place: Path, release: str, *more: str, full: bool = False) -> list[str
         *("-M", "pc-q35-7.2", "-m", "256,slots=4,maxmem=2G", "-smp", "1,maxcpus=3"),
         *("-nodefaults", "-display", "none"),
         *("-kernel", f"{folder}/vmlinuz", "-initrd", f"{folder}/initrd.img"),
-        *("-append", "console=ttyS0 quiet tsc=reliable segue.heartbeat=/dev/hvc0"),
+        *("-append", "console=ttyS0 quiet segue.heartbeat=/dev/hvc0"),
         *("-serial", f"unix:{place}/console,server=on,wait=off"),
         *("-chardev", f"socket,id=beat,path={place}/beat,server=on,wait=off"),
         *("-device", "virtio-serial-pci", "-device", "virtconsole,chardev=beat"),
@@ -41,6 +41,7 @@ class Guest:
         self.beat: Client = self.machine.connect(place / "beat")
         self.shell.expect(rb"# ")
         self.qmp: Qmp = self.machine.qmp()
+        self.run("dmesg -n 1")
 
     def run(self, line: str) -> str:
         """What it prints, without what the terminal echoes."""
@@ -52,8 +53,7 @@ class Guest:
 
     def upgrade(self, release: str) -> None:
         self.machine.handed_over("--to", qemu(release))
-        seen = len(self.beat.data)
-        self.beat.expect(rb"hb \d+ ", seen)
+        assert self.run("echo ali''ve") == "alive"
 
     def plug_disk(self, image: Path, node: str, id: str, bus: str) -> None:
         file = {"driver": "file", "filename": str(image)}
@@ -215,7 +215,9 @@ def test_controllers_networks_and_objects(segue: Segue, place: Path) -> None:
 
 
 def test_processors_and_memory(segue: Segue, place: Path) -> None:
-    with Guest(segue, place, "7.2") as guest:
+    # Without the heartbeat: on a busy host a new CPU would wait for the one that makes up for it.
+    quiet = ("-append", "console=ttyS0 quiet")
+    with Guest(segue, place, "7.2", *quiet) as guest:
         cpus = guest.qmp.command("query-hotpluggable-cpus")
         empty = [cpu for cpu in cpus if "qom-path" not in cpu]
         guest.qmp.command(
@@ -241,7 +243,6 @@ def test_processors_and_memory(segue: Segue, place: Path) -> None:
             )
             kept = guest.machine.status()["kept"]
             assert any(k["name"] == "mem9" and k["held"] for k in kept), kept
-        guest.beats()
 
 
 def test_a_device_of_the_command_line_is_unplugged(segue: Segue, place: Path) -> None:
