@@ -8,6 +8,7 @@ file here; `Broker.drop` tells it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -24,6 +25,7 @@ _TO_INSTANCE = 16384
 _FROM_INSTANCE = 212992
 # While a supervisor becomes another, and reads nothing; root alone may have so much.
 _WHILE_NOBODY_READS = 4 << 20
+_UNTIL_READ = 5.0  # seconds
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 # More than can wait in either direction. One recv() of this size takes all of it, or an
 # instance that reads at the same moment does: they cannot interleave, as the kernel holds the
@@ -77,8 +79,14 @@ class Pair:
             return cls.dead()
         if ours is not None:
             ours.setblocking(False)
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
-        return cls(ours, theirs, data["inherited"])
+        pair = cls(ours, theirs, data["inherited"])
+        # Not before what waits has been read: it would leave no room at all.
+        asyncio.get_running_loop().call_later(_UNTIL_READ, pair._usual_room)
+        return pair
+
+    def _usual_room(self) -> None:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            self.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
 
     @property
     def inode(self) -> int:
