@@ -49,7 +49,18 @@ def test_without_vfio_all_that_both_know() -> None:
 def test_a_vfio_device_leaves_qemus_own_modes() -> None:
     with_vfio = facts((11, 1, 3), (11, 1, 3), "vfio-pci")
     assert possible(with_vfio) == ["cpr-transfer", "cpr-exec"]
-    assert modes.choose("auto", modes.judge(with_vfio))[0].name == "cpr-transfer"
+
+
+def test_which_are_not_chosen_for_anybody_since_they_cannot_be_undone() -> None:
+    with_vfio = facts((11, 1, 3), (11, 1, 3), "vfio-pci")
+    judged = modes.judge(with_vfio)
+    mode, why = modes.choose("auto", judged, with_vfio.vfio)
+    assert "none can be undone" in why
+    [blocker] = judged[mode.name]
+    assert blocker.what == "device vfio-pci"
+    assert "lost" in blocker.why
+    assert "--mode cpr-transfer" in blocker.remedy
+    assert modes.choose("cpr-transfer", judged, with_vfio.vfio)[0].name == "cpr-transfer"
 
 
 @pytest.mark.parametrize(

@@ -55,21 +55,24 @@ class Mode:
     rehearsal: str | None = None
 
 
-def without_vfio(vfio: Collection[str]) -> list[Blocker]:
+def without_vfio(vfio: Collection[str], remedy: str = "unplug it before") -> list[Blocker]:
     """Where another process would have to open the devices anew, or the state is not all ours."""
     return [
         Blocker(
             f"device {driver}",
             "a VFIO group is open in one process only, and the device's state is in the hardware: "
-            "only QEMU's own modes pass it on",
-            "use --mode cpr-transfer or cpr-exec, or unplug it before",
+            "only QEMU's own modes pass it on, and with them the guest is lost if the upgrade "
+            "fails once it was stopped",
+            remedy,
         )
         for driver in vfio
     ]
 
 
 def _ours(facts: Facts) -> list[Blocker]:
-    return without_vfio(facts.vfio)
+    return without_vfio(
+        facts.vfio, "use --mode cpr-transfer if you accept that, or unplug it before"
+    )
 
 
 def _cpr_transfer(facts: Facts) -> list[Blocker]:
@@ -163,14 +166,19 @@ def judge(facts: Facts) -> dict[str, tuple[Blocker, ...]]:
     return {name: tuple(mode.judge(facts)) for name, mode in MODES.items()}
 
 
-def choose(wanted: str, judged: Mapping[str, Sequence[Blocker]]) -> tuple[Mode, str]:
+def choose(
+    wanted: str, judged: Mapping[str, Sequence[Blocker]], vfio: Collection[str] = ()
+) -> tuple[Mode, str]:
     """The mode to use, and why.
 
     `auto` is the first that nothing stands against, since they are in the order of their pauses
-    (docs/benchmarks.md); where there is none, the one whose reasons help most.
+    (docs/benchmarks.md); where there is none, the one whose reasons help most. With VFIO devices
+    no mode has a way back after STOP, and that is not chosen for anybody.
     """
     if wanted != AUTO:
         return MODES[wanted], "it was asked for"
+    if vfio:
+        return MODES["handover"], "with VFIO a mode must be asked for: none can be undone"
     for name, blockers in judged.items():
         if not blockers:
             shorter = takewhile(lambda item: item[1], judged.items())

@@ -57,7 +57,7 @@ async def make(
     kvm = await incumbent.monitor.execute("query-kvm")
     facts = Facts(running, target, incumbent.argv, vfio, kvm["enabled"])
     judged = modes.judge(facts)
-    mode, why = modes.choose(wanted, judged)
+    mode, why = modes.choose(wanted, judged, vfio)
     blockers = [
         *machine.draft.blockers,
         *judged[mode.name],
