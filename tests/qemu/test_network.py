@@ -144,7 +144,8 @@ def test_tap_through_every_release(
     capture = Capture(namespace, "t0")
     with namespace.inside():
         identity = {"interface": "t0", "queues": 2, "ifindex": socket.if_nametoindex("t0")}
-    for release in ("10.0", "11.1", "10.0", "7.2"):
+    releases = ("10.0", "11.1", "10.0", "7.2")
+    for release in releases:
         receipt = guest.machine.handed_over("--to", qemu(release))
         assert kept(receipt, "tap")["held"]
         assert kept(receipt, "tap")["identity"] == identity
@@ -158,7 +159,9 @@ def test_tap_through_every_release(
     unharmed(ping)
     capture.end()
     assert len(capture.frames) > 1000
-    assert not [frame for frame in capture.frames if frame[12:14] == RARP], "QEMU's own packet"
+    announcements = [frame for frame in capture.frames if frame[12:14] == RARP]
+    # vhost has the queues before `cont`, so that QEMU's own packet gets through, once each.
+    assert len(announcements) <= (len(releases) if vhost == "on" else 0), "QEMU's own packets"
 
     seen = len(guest.shell.data)
     guest.shell.send(b"reboot -f\n")
