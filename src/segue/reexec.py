@@ -9,8 +9,11 @@ sockets. If it does not load, the old code is executed again.
 
 from __future__ import annotations
 
+import segue.lean  # isort: skip  (before asyncio)
+
 import asyncio
 import contextlib
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -139,7 +142,11 @@ async def _quiet(supervisor: Supervisor, asker: Client | None) -> None:
 
 
 def main() -> int:
-    """The process has executed this code: go on with the machine."""
+    """The process has executed this code: go on with the machine.
+
+    Nothing is collected while it loads, when clients wait; and what is loaded stays.
+    """
+    gc.disable()
     return asyncio.run(_go_on())
 
 
@@ -167,6 +174,8 @@ async def _go_on() -> int:
         supervisor.server.load(data["qmp"], loader)
         supervisor.go_on(stack)
         checkpoint.close_all(loader)
+    gc.freeze()
+    gc.enable()
     if arrival.how is How.BACK:
         why = SegueError(
             f"the new code did not get ready: {arrival.reason}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from segue.errors import MonitorClosed, UsageError
 from segue.qmp.server import Client, Command
+from segue.reexec import reexec
 from segue.upgrade import breakpoints
 from segue.upgrade.modes import AUTO, MODES
 
@@ -116,8 +117,6 @@ class Service:
 
     async def reexec(self, arguments: dict[str, Any], client: Client) -> dict[str, Any]:
         """It is the next process that answers, unless there is none."""
-        from segue.reexec import reexec
-
         await reexec(self._supervisor, client, arguments.get("python"))
         raise AssertionError("exec() returned")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import segue
-from segue import checkpoint
+from segue import checkpoint, reexec
 from segue.detach import SIGNALS, detached
 from segue.errors import SegueError
 from segue.keeper import Keeper
@@ -64,9 +64,9 @@ from segue.upgrade.upgrader import Upgrader
 _STATE_EVENTS = frozenset(
     {"STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "BLOCK_IO_ERROR"}
 )
-# Why QEMU ends by itself, whatever `-action shutdown=pause` says (run-state.json: ShutdownCause).
 # Of an upgrade's own doing: clients see SEGUE_UPGRADE instead.
 _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
+# Why QEMU ends by itself, whatever `-action shutdown=pause` says (run-state.json: ShutdownCause).
 _ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
 _HISTORY = 1000
 
@@ -612,8 +612,6 @@ class Supervisor:
 
     async def _reload(self) -> None:
         """SIGHUP, where it does not mean that a terminal is gone."""
-        from segue import reexec
-
         await self.upgrader.finished()
         try:
             await reexec.reexec(self, None)

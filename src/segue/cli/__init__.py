@@ -5,7 +5,8 @@ running; 4 no such machine; 5 refused, nothing touched; 6 timed out, the guest r
 incumbent; 7 some of several machines failed; 8 the guest is lost, or nobody can tell; 130
 interrupted. `segue run` ends as its QEMU does.
 
-Importing this is kept cheap on purpose (no asyncio): it is paid for at every `segue ls`.
+Importing this is kept cheap on purpose (no asyncio): it is paid for at every `segue ls`. Code that
+takes a supervisor's place has no use for the parser, and somebody waits for its answer meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from segue.cli import output, parser
+from segue.cli import output
 from segue.errors import SegueError
 
 INTERRUPTED = 130
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from segue import reexec
 
             return reexec.main()
+        from segue.cli import parser
+
         arguments = parser.parse(sys.argv[1:] if argv is None else argv)
         status: int = arguments.run(arguments)
         sys.stdout.flush()
