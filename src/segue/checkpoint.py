@@ -85,22 +85,11 @@ def save(supervisor: Supervisor, saver: Saver, asker: Client | None = None) -> d
             }
             for number, kept in enumerate(machine.kept)
         ],
-        "control": [
-            end.save(saver.within(f"control{number}"))
-            for number, (end, _) in enumerate(supervisor.controls)
-        ],
-        "console": _save_listeners(supervisor, saver),
+        **supervisor.entrances.save(saver),
         "qmp": supervisor.server.save(saver, asker),
         "receipts": list(supervisor.receipts) if saver.exact else [],
         "deposits": supervisor.keeper.save() if saver.exact else {},
     }
-
-
-def _save_listeners(supervisor: Supervisor, saver: Saver) -> bool:
-    saver.fd("qmp", supervisor.qmp_listener.fileno())
-    if supervisor.console_listener is not None:
-        saver.fd("console", supervisor.console_listener.fileno())
-    return supervisor.console_listener is not None
 
 
 def described(data: Mapping[str, Any]) -> tuple[CommandLine, Description]:

@@ -27,6 +27,7 @@ from typing import Any
 import segue
 from segue import checkpoint, reexec
 from segue.detach import SIGNALS, detached
+from segue.entrances import Entrances
 from segue.errors import SegueError
 from segue.keeper import Keeper
 from segue.kept.base import Kept, Lending
@@ -39,18 +40,15 @@ from segue.kept.guard import Guard
 from segue.kept.lent import AddFd, Lent
 from segue.kept.mux import Mux
 from segue.kept.ram import GuestRam
-from segue.kept.sockets import Server
 from segue.kept.user import AUTO
 from segue.machines import MachineDirectory, default_name
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
-from segue.qemu.chardevs import Chardev
 from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import Instance, start_time
 from segue.qemu.monitor import Event
 from segue.qmp.commands import error_of
 from segue.qmp.gate import Gate
-from segue.qmp.listener import Listener
 from segue.qmp.log import LogFile, logger
 from segue.qmp.server import QmpServer
 from segue.saved import Loader
@@ -112,9 +110,7 @@ class Supervisor:
         self.keeper = Keeper(self)
         self.successor: Instance | None = None
         self.guards: dict[int, Guard] = {}
-        self.controls: list[tuple[Server, list[Listener]]] = []
-        self.console_listener: socket.socket | None = None
-        self.qmp_listener: socket.socket
+        self.entrances: Entrances
         self.exit_status: int | None = None
         self._starting: asyncio.Task[Any] | None = None
         self._suppressed: frozenset[str] = frozenset()
@@ -180,10 +176,9 @@ class Supervisor:
             stack.callback(kept.close)
             self._connect(kept)
             await kept.start()
-        self._serve_console(stack)
         self.server = self._make_server(stack)
-        for chardev, pretty in self.machine.control:
-            await self._serve_control(stack, chardev, pretty)
+        stack.callback(self.entrances.close)
+        await self.entrances.open_before_qemu()
         self.journal = Journal(self.directory.journal)
         stack.callback(self.journal.close)
         self.instance = self.spawn(await self._first_lending())
@@ -191,7 +186,7 @@ class Supervisor:
         await self.instance.connect(timeout=86400)
         if self._suspended is not None:
             await resume.load(self._suspended, self.instance)
-        self.qmp_listener = self.server.listen_unix(self.directory.qmp).sock
+        self.entrances.open_qmp()
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
         if self._suspended is not None:
@@ -216,19 +211,15 @@ class Supervisor:
         checkpoint.load_guards(self, data, loader)
         await checkpoint.load_kept(self, data, loader)
         self.server = self._make_server(stack)
-        for number, saved in enumerate(data["control"]):
-            await self._load_control(number, saved, loader)
-        self._load_listeners(data, loader)
+        await self.entrances.load(data, loader)
         self.journal = Journal(self.directory.journal)
 
     def go_on(self, stack: contextlib.ExitStack) -> None:
         """All of it has been taken up: at its end it is this process that closes it."""
         for kept in self.machine.kept:
             stack.callback(kept.close)
-        for end, _ in self.controls:
-            stack.callback(end.close)
-        if self.console_listener is not None:
-            self._accept_on_console(stack, self.console_listener)
+        stack.callback(self.entrances.close)
+        self.entrances.go_on()
         stack.callback(self.journal.close)
         stack.callback(self._kill_whatever_is_left)
         self._keep(stack)
@@ -491,76 +482,8 @@ class Supervisor:
         changes.say = self._say
         server.carried_out = changes.carries_out()
         stack.callback(server.close)
+        self.entrances = Entrances(self.directory, self.machine, server, self._say)
         return server
-
-    async def _serve_control(
-        self, stack: contextlib.ExitStack, chardev: Chardev, pretty: bool
-    ) -> None:
-        """A QMP socket that the user's command line asks for. Raises SegueError, as QEMU would.
-
-        With `wait` (QEMU's default) nothing more is started before somebody has connected.
-        """
-        end = Server(chardev.id, chardev.params, self._say)
-        stack.callback(end.close)
-        listeners = self._adopt_listeners(end, await end.listen(), pretty)
-        if chardev.params.boolean("wait", True):
-            end.say_waiting()
-            waiting = [asyncio.ensure_future(each.first_client()) for each in listeners]
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for each in waiting:
-                each.cancel()
-
-    def _adopt_listeners(
-        self, end: Server, socks: list[socket.socket], pretty: bool
-    ) -> list[Listener]:
-        listeners = []
-        for sock in socks:
-            sock.listen(128)
-            listeners.append(self.server.adopt_listener(sock, pretty))
-        self.controls.append((end, listeners))
-        return listeners
-
-    async def _load_control(self, number: int, saved: dict[str, Any], loader: Loader) -> None:
-        chardev, pretty = self.machine.control[number]
-        end = Server(chardev.id, chardev.params, self._say)
-        socks = await end.load_listeners(saved, loader.within(f"control{number}"))
-        self._adopt_listeners(end, socks, pretty)
-
-    def _load_listeners(self, data: dict[str, Any], loader: Loader) -> None:
-        """Those of the run directory; new ones where they are lost."""
-        listener = self.server.listen_unix(self.directory.qmp, found=loader.socket("qmp"))
-        self.qmp_listener = listener.sock
-        if data["console"]:
-            self.console_listener = loader.socket("console") or self._listen_on_console()
-
-    def _serve_console(self, stack: contextlib.ExitStack) -> None:
-        """A socket for `segue console`, on the first serial device that is kept."""
-        if self.machine.console() is not None:
-            self.console_listener = self._listen_on_console()
-            self._accept_on_console(stack, self.console_listener)
-
-    def _listen_on_console(self) -> socket.socket:
-        path = self.directory.console
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        os.chmod(path, 0o600)
-        listener.listen()
-        return listener
-
-    def _accept_on_console(self, stack: contextlib.ExitStack, listener: socket.socket) -> None:
-        broker = self.machine.console()
-        assert broker is not None
-        listener.setblocking(False)
-        stack.callback(listener.close)
-        loop = asyncio.get_running_loop()
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                broker.attach(listener.accept()[0])
-
-        loop.add_reader(listener.fileno(), accept)
-        stack.callback(loop.remove_reader, listener.fileno())
 
     def qemu_says(self, chunk: bytes) -> None:
         """QEMU's stderr: into its log, and where the user would have seen it."""

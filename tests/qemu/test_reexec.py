@@ -93,6 +93,36 @@ def test_what_was_asked_is_answered_by_the_new_code(segue: Segue, place: Path) -
     other.close()
 
 
+def test_the_users_own_monitors_listen_on(segue: Segue, place: Path) -> None:
+    """By the same sockets: who has connected and was not greeted yet is served by the new code."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    path = place / "monitor"
+    monitors = [f"tcp:127.0.0.1:{address[1]}", f"unix:{path}"]
+    argv = [word for each in monitors for word in ("-qmp", f"{each},server=on,wait=off")]
+    machine = segue.start("m", [*tiny(place, "7.2"), *argv])
+
+    def listening() -> list[str]:
+        """Inodes."""
+        port = f"0100007F:{address[1]:04X} 00000000:0000 0A"
+        tcp = [row for row in Path("/proc/net/tcp").read_text().splitlines() if port in row]
+        unix = Path("/proc/net/unix").read_text().splitlines()
+        return [tcp[0].split()[9], *(row.split()[6] for row in unix if row.endswith(str(path)))]
+
+    before = listening()
+    with machine.qmp() as qmp:
+        for _ in range(2):
+            qmp.command("segue-reexec")
+            assert listening() == before
+        for family, where in ((socket.AF_INET, address), (socket.AF_UNIX, str(path))):
+            with socket.socket(family) as client, client.makefile("rb") as lines:
+                client.connect(where)
+                assert b"QMP" in lines.readline()
+        qmp.command("quit")
+    assert machine.wait() == 0
+    assert not path.exists()
+
+
 def test_a_command_of_long_breath_is_named(segue: Segue, place: Path) -> None:
     machine = segue.start("m", tiny(place, "7.2"))
     with machine.qmp() as stopping, machine.qmp() as qmp:

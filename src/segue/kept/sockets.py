@@ -59,8 +59,7 @@ class Server(_SocketEndpoint):
         self._made: tuple[str, int] | None = None  # path and inode of a socket in the file system
 
     async def start(self) -> None:
-        self._listeners = await self.listen()
-        for listener in self._listeners:
+        for listener in await self.listen():
             listener.setblocking(False)
         loop = asyncio.get_running_loop()
         self._first = loop.create_future()
@@ -89,19 +88,21 @@ class Server(_SocketEndpoint):
         self._listeners = [sock for sock in found if sock is not None]
         self._made = None if data["made"] is None else (data["made"][0], data["made"][1])
         if not self._listeners:
-            self._listeners = await self.listen()
+            await self.listen()
         for listener in self._listeners:
             listener.setblocking(False)
         return self._listeners
 
     async def listen(self) -> list[socket.socket]:
-        """The listening sockets, for who serves them by itself; `close` removes their path."""
+        """The listening sockets, for who serves and closes them by itself: see `remove_path`."""
         fd = self._params.get("fd")
         if fd is not None:
-            return [_given(fd)]
-        if self._params.get("path") is not None:
-            return [self._listen_unix()]
-        return await self._listen_inet()
+            self._listeners = [_given(fd)]
+        elif self._params.get("path") is not None:
+            self._listeners = [self._listen_unix()]
+        else:
+            self._listeners = await self._listen_inet()
+        return self._listeners
 
     def say_waiting(self) -> None:
         self._say(f"QEMU waiting for connection on: disconnected:{self._where()},server=on")
@@ -114,6 +115,10 @@ class Server(_SocketEndpoint):
         for listener in self._listeners:
             listener.close()
         self._listeners = []
+        self.remove_path()
+
+    def remove_path(self) -> None:
+        """That of a socket in the file system, if it is still ours."""
         if self._made:
             path, inode = self._made
             self._made = None
