@@ -216,7 +216,11 @@ def test_controllers_networks_and_objects(segue: Segue, place: Path) -> None:
 
 def test_processors_and_memory(segue: Segue, place: Path) -> None:
     # Without the heartbeat: on a busy host a new CPU would wait for the one that makes up for it.
-    quiet = ("-append", "console=ttyS0 quiet")
+    # And without what the guest's kernel does ill while a host lets one of its CPUs wait: it
+    # measures delays anew for a new CPU, tests its clock, in which both CPUs spin, and has
+    # watchdogs that fill the console. QEMU 7.2's TCG may let the new CPU sleep for good in `hlt`.
+    patient = "idle=poll lpj=4000000 tsc=reliable nosoftlockup nowatchdog"
+    quiet = ("-append", f"console=ttyS0 quiet {patient}")
     with Guest(segue, place, "7.2", *quiet) as guest:
         cpus = guest.qmp.command("query-hotpluggable-cpus")
         empty = [cpu for cpu in cpus if "qom-path" not in cpu]
