@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,6 +155,108 @@ def test_outdated(segue: Segue, place: Path) -> None:
     receipt = machine.handed_over()
     assert receipt["to"]["version"].startswith("11.1")
     assert machine.status()["outdated"] is False
+    unharmed(console)
+
+
+def test_outdated_by_a_library(segue: Segue, place: Path) -> None:
+    """One that it maps was replaced, as a package manager does it, and QEMU itself was not."""
+    script = Path(qemu("11.1")).read_text()
+    (folder,) = set(re.findall(r"--library-path (\S+)", script))
+    libraries = place / "lib"
+    shutil.copytree(folder, libraries, symlinks=True, copy_function=_link)
+    source = place / "qemu"
+    source.write_text(script.replace(f"--library-path {folder}", f"--library-path {libraries}"))
+    source.chmod(0o755)
+    machine = segue.start("guest", [str(source), *tiny(place, "11.1")[1:]])
+    console = watch(machine, place)
+    maps = Path(f"/proc/{machine.qemu_pid}/maps").read_text()
+    (library,) = set(re.findall(rf"{libraries}/libz\.so\S*", maps))
+
+    def outdated() -> bool:
+        (listed,) = json.loads(segue("ls", "--json").stdout)
+        return bool(listed["outdated"])
+
+    assert not outdated()
+    _replace(Path(library), lambda code: code)
+    # Who may not read what is mapped cannot know that it is the same.
+    assert outdated() == (os.geteuid() != 0)
+    _replace(Path(library), _another_build)
+    assert outdated()
+    assert f"{library}, which it uses, was replaced" in segue("ls").stdout
+    assert machine.handed_over()["result"] == "done"
+    assert not outdated()
+    unharmed(console)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _replace(path: Path, change: Callable[[bytes], bytes]) -> None:
+    new = path.with_name("new")
+    new.write_bytes(change(path.read_bytes()))
+    new.replace(path)
+
+
+def _another_build(code: bytes) -> bytes:
+    """The same library with another build id: 20 bytes in an ELF note of type 3 named GNU."""
+    at = code.index(struct.pack("<III", 4, 20, 3) + b"GNU\0") + 16
+    return code[:at] + bytes([code[at] ^ 1]) + code[at + 1 :]
+
+
+# Between the probe and a QEMU: its greeting is that of an older release.
+OLD = """\
+#!{python}
+import os, socket, sys, threading
+
+def copy(source, target):
+    while data := source.recv(65536):
+        target.sendall(data.replace(b'"major": 7', b'"major": 6'))
+    os._exit(0)
+
+for word in sys.argv:
+    if word.startswith("socket,id=probe,fd="):
+        fd = int(word.rpartition("=")[2])
+        outer = socket.socket(fileno=os.dup(fd))
+        ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            os.close(fd)
+            theirs.close()
+            threading.Thread(target=copy, args=(outer, ours), daemon=True).start()
+            copy(ours, outer)
+        os.dup2(theirs.fileno(), fd)
+os.execv("{qemu}", ["{qemu}", *sys.argv[1:]])
+"""
+
+
+def test_a_target_that_is_too_old(segue: Segue, guest: Machine, place: Path) -> None:
+    old = place / "qemu-old"
+    old.write_text(OLD.format(python=sys.executable, qemu=qemu("7.2")))
+    old.chmod(0o755)
+    for command in ("check", "upgrade"):
+        done = segue(command, "guest", "--to", str(old))
+        assert done.returncode == 5, done
+        assert "QEMU 6.2" in done.stdout + done.stderr
+        assert "it is older than 7.2" in done.stdout + done.stderr
+        assert "name a QEMU from 7.2 on" in done.stdout + done.stderr
+    guest.handed_over("--to", qemu("11.1"))
+
+
+def test_a_machine_type_that_the_target_does_not_know(segue: Segue, place: Path) -> None:
+    machine = segue.start("guest", tiny(place, "10.0", machine="pc-q35-10.0"))
+    console = watch(machine, place)
+    pid = machine.qemu_pid
+    for command in ("check", "upgrade"):
+        done = segue(command, "guest", "--to", qemu("7.2"))
+        assert done.returncode == 5, done
+        assert "machine type pc-q35-10.0" in done.stdout + done.stderr
+        assert "does not know it" in done.stdout + done.stderr
+    assert machine.qemu_pid == pid
+    unharmed(console)
+    machine.handed_over("--to", qemu("11.1"))
     unharmed(console)
 
 
