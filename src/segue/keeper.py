@@ -60,6 +60,7 @@ class Keeper:
         self._timer: asyncio.TimerHandle | None = None
         self._working: asyncio.Task[None] | None = None
         self._active = False
+        self._depositing = asyncio.Lock()
         self._busy: mmap.mmap | None = None
 
     def busy(self) -> mmap.mmap:
@@ -161,6 +162,10 @@ class Keeper:
 
     async def _deposit(self, instance: Instance) -> None:
         """Have the instance hold what it is to hold, and nothing else."""
+        async with self._depositing:
+            await self._deposit_now(instance)
+
+    async def _deposit_now(self, instance: Instance) -> None:
         saver = Saver(exact=False)
         checkpoint.save(self._supervisor, saver)
         wanted = {name: each.fd for name, each in saver.found.items() if not each.lent}

@@ -7,6 +7,7 @@ prepare, open, undo    the successor is killed, then the incumbent goes on if it
 commit                 the successor is asked: if the guest has run on it, as `release`; if it has
                        not, as `open`; if nobody can tell, neither is touched and that is said
 release                the incumbent is killed, the successor goes on
+resume                 the guest came from a directory: upgrade/resume.py
 done                   the instance that it names goes on
 
 The successor that is not to go on is dead before the incumbent may run. Commands to a monitor are
@@ -19,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ from typing import Any
 
 from segue import checkpoint
 from segue.detach import SIGNALS
-from segue.errors import GuestLost, NotRunning, QemuError, Refused, SegueError, TimedOut
+from segue.errors import GuestLost, NotRunning, QemuError, Refused, SegueError
 from segue.keeper import FORMAT, Identity, identity
-from segue.kept.processes import duplicate_of
+from segue.kept.processes import duplicate_of, kill
 from segue.machines import MachineDirectory, is_alive
 from segue.qemu import migration
 from segue.qemu.binary import probe
@@ -41,7 +41,7 @@ from segue.qmp.server import FDSETS
 from segue.saved import Loader
 from segue.supervisor import Supervisor
 from segue.suspended import discard
-from segue.upgrade import interrupts, journal
+from segue.upgrade import interrupts, journal, resume
 from segue.upgrade.receipt import DONE, FAILED, Receipt, Side
 
 # Words of query-status while the guest of a successor has not run, and of an incumbent that only
@@ -62,6 +62,7 @@ def recover(directory: MachineDirectory, ready: Callable[[], None], *, detached:
 
 async def _supervise(directory: MachineDirectory, ready: Callable[[], None], detached: bool) -> int:
     stack = contextlib.ExitStack()
+    resume.end_what_must_not_run(journal.read(directory.journal))
     recovery = Recovery.read(directory)
     try:
         supervisor = await recovery.take_up(stack, detached)
@@ -125,6 +126,10 @@ class Recovery:
         phase: str = self.journal["phase"]
         return phase
 
+    @property
+    def _upgrading(self) -> bool:
+        return self.phase not in ("done", resume.PHASE)
+
     def _processes(self) -> list[dict[str, Any]]:
         saved = [each["instance"] for each in self.machine["instances"]]
         named = [self.journal.get(key) for key in ("incumbent", "successor")]
@@ -143,7 +148,7 @@ class Recovery:
         line = CommandLine.parse(self.machine["command"])
         supervisor = Supervisor(self.directory, line, detached=detached)
         supervisor.handle_signals()
-        loader = Loader(False, self._take_back(), held=self.phase != "done")
+        loader = Loader(False, self._take_back(), held=self._upgrading)
         self.machine["detached"] = detached
         self.machine["receipts"] = self.directory.read_receipts()[-1000:]
         await supervisor.take_up(stack, self.machine, loader)
@@ -167,7 +172,7 @@ class Recovery:
 
     def _receipt(self, supervisor: Supervisor) -> Receipt | None:
         """Of the upgrade that was under way; the dead have left none."""
-        if self.phase == "done":
+        if not self._upgrading:
             return None
         binary = supervisor.binary
         receipt = Receipt(machine=supervisor.name, started=time.time())
@@ -207,6 +212,10 @@ class Recovery:
         incumbent, successor = self.journal["incumbent"], self.journal.get("successor")
         if self.phase == "done":
             return await self._only(supervisor, loader, incumbent)
+        if self.phase == resume.PHASE:
+            live = await self._only(supervisor, loader, incumbent)
+            await resume.finish(self.journal, live)
+            return live
         assert receipt is not None
         if self.phase == "release":
             return await self._finish(supervisor, loader, receipt, None)
@@ -330,7 +339,7 @@ class Recovery:
         doomed = [each for each in self._processes() if _lives(each) and not _same(each, survivor)]
         pids = {each["pid"] for each in doomed} | set(self._strays())
         for pid in pids - {survivor["pid"], os.getpid()}:
-            await asyncio.to_thread(_kill, pid)
+            await asyncio.to_thread(kill, pid)
 
     def _strays(self) -> list[int]:
         """QEMUs on this machine's memory that neither the journal nor machine.json knows yet."""
@@ -399,20 +408,3 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _lives(process: Mapping[str, Any]) -> bool:
     return is_alive(process["pid"], process["start_time"])
-
-
-def _kill(pid: int) -> None:
-    """Return when it is dead: it is no child of ours. Raises TimedOut."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(30000):
-            raise TimedOut(f"QEMU (pid {pid}) does not die", hint="it waits in the kernel")
-    finally:
-        os.close(pidfd)

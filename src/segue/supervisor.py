@@ -181,8 +181,12 @@ class Supervisor:
         await self.entrances.open_before_qemu()
         self.journal = Journal(self.directory.journal)
         stack.callback(self.journal.close)
+        if self._suspended is not None:
+            stack.callback(self._suspended.not_resumed)
         self.instance = self.spawn(await self._first_lending())
         stack.callback(self._kill_whatever_is_left)
+        if self._suspended is not None:
+            resume.begin(self._suspended, self)
         await self.instance.connect(timeout=86400)
         if self._suspended is not None:
             await resume.load(self._suspended, self.instance)
@@ -191,10 +195,12 @@ class Supervisor:
         await self.machine.learn(self.instance.monitor)
         if self._suspended is not None:
             self.machine.values.recall(self._suspended.machine["values"])
-            await resume.go_on(self._suspended, self.instance, self.run_directory)
+        self._keep(stack)
+        if self._suspended is not None:
+            await resume.go_on(self._suspended, self)
         self.started = mapped.remember(self.binary.path, self.instance.pid)
         await self.refresh()
-        self._keep(stack)
+        self.keeper.changed()
 
     async def take_up(
         self, stack: contextlib.ExitStack, data: dict[str, Any], loader: Loader

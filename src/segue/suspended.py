@@ -8,10 +8,11 @@
 Whoever resumes it holds a flock on the directory.
 
 machine.json, format 1: one object; `checksum` is the SHA-256 of all its other members as JSON
-with sorted keys. `phase` is "suspended", and "resuming" with the new QEMU's pid from just before
-its guest may run until the directory is removed. Every file has its size and SHA-256; holes in
-RAM count as nothing, `offsets` tell what is data. Disks are told by path, inode, size and mtime (a
-device number may change with a reboot): what has changed since would not fit the guest's memory.
+with sorted keys. `resuming` is there while a QEMU is made of it: {"pid", "start_time", "may_run"},
+the last of them true from just before its guest may run until the directory is removed. Every file
+has its size and SHA-256; holes in RAM count as nothing, `offsets` tell what is data. Disks are told
+by path, inode, size and mtime (a device number may change with a reboot): what has changed since
+would not fit the guest's memory.
 
 `hashlib` and `shutil` are imported where they are used: with them come OpenSSL and the libraries
 of compressed archives, 4 MiB that every supervisor would hold.
@@ -23,13 +24,14 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segue.errors import Refused, SegueError
 from segue.kept.files import KeptFile
+from segue.kept.processes import kill
 from segue.kept.ram import GuestRam
 
 FORMAT = 1
@@ -151,17 +153,32 @@ class Suspended:
                 hint="segue suspend NAME says where it puts one",
             ) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock, directory)
             machine = cls._read(directory)
             suspended = cls(directory, machine, lock)
             suspended._check()
             return suspended
-        except BlockingIOError:
-            os.close(lock)
-            raise Refused(
-                f"{directory} is being resumed by somebody else", hint="segue ls"
-            ) from None
         except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def left_in(cls, directory: Path) -> Suspended | None:
+        """What an interrupted resuming has left, unchecked; None where the guest was resumed.
+
+        Raises Refused if it is damaged, or somebody is resuming it.
+        """
+        try:
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            _take(lock, directory)
+            if not (directory / "machine.json").exists():
+                os.close(lock)
+                return None
+            return cls(directory, cls._read(directory), lock)
+        except Refused:
             os.close(lock)
             raise
 
@@ -196,11 +213,8 @@ class Suspended:
                 f"the QEMU that was suspended (pid {self.machine['qemu_pid']}) still lives",
                 hint=f"it is paused for good; end it with: kill -9 {self.machine['qemu_pid']}",
             )
-        resuming = self.machine.get("resuming", {})
-        if same_boot and is_alive(resuming.get("pid"), resuming.get("start_time")):
-            raise Refused(
-                f"it was resumed: QEMU (pid {resuming['pid']}) runs the guest", hint="segue ls"
-            )
+        if same_boot:
+            self._end_what_was_begun()
         for known in self.machine["disks"]:
             self._check_disk(known)
         for entry in (self.machine["state"], *self.machine["ram"], *self.machine["files"]):
@@ -208,6 +222,37 @@ class Suspended:
                 self._check_file(entry)
             elif not Path(entry["path"]).is_file():
                 raise Refused(f"guest RAM at {entry['path']} is gone", hint="it cannot be resumed")
+
+    def _end_what_was_begun(self) -> None:
+        """A resuming whose supervisor died has left a QEMU: the guest must not have two."""
+        process = self.process
+        if process is None:
+            return
+        if self.may_run:
+            name = self.machine["name"]
+            raise Refused(
+                f"it was resumed: the guest belongs to QEMU (pid {process['pid']})",
+                hint=f"segue ls; where that machine is orphaned: segue recover {name}",
+            )
+        # Nobody is left who could tell it to run: that would have had our lock.
+        kill(process["pid"])
+
+    @property
+    def process(self) -> dict[str, int] | None:
+        """The QEMU that was made of it last, where that lives."""
+        from segue.machines import is_alive
+
+        resuming = self.machine.get("resuming", {})
+        return resuming if is_alive(resuming.get("pid"), resuming.get("start_time")) else None
+
+    def process_is(self, other: Mapping[str, Any]) -> bool:
+        process = self.process
+        return process is not None and all(process[key] == other[key] for key in other)
+
+    @property
+    def may_run(self) -> bool:
+        """Whether that QEMU may have been told to let the guest run."""
+        return bool(self.machine.get("resuming", {}).get("may_run", True))
 
     def _check_disk(self, known: dict[str, Any]) -> None:
         try:
@@ -264,9 +309,9 @@ class Suspended:
                     for offset, size in _pieces(start, length):
                         _write(block.fd, os.pread(source.fileno(), size, offset), offset)
 
-    def resuming(self, pid: int, start_time: int) -> None:
-        """Said just before the guest may run: if all dies here, the disks tell whether it did."""
-        self.machine["resuming"] = {"pid": pid, "start_time": start_time}
+    def resuming(self, pid: int, start_time: int, *, may_run: bool) -> None:
+        """Said when there is a QEMU, and again just before its guest may run."""
+        self.machine["resuming"] = {"pid": pid, "start_time": start_time, "may_run": may_run}
         write_description(self.directory, self.machine)
 
     def not_resumed(self) -> None:
@@ -278,11 +323,19 @@ class Suspended:
         """The guest runs: this must never be resumed again."""
         from shutil import rmtree
 
+        self.machine.pop("resuming", None)
         (self.directory / "machine.json").unlink(missing_ok=True)
         rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
         os.close(self._lock)
+
+
+def _take(lock: int, directory: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"{directory} is being resumed by somebody else", hint="segue ls") from None
 
 
 def _damaged(path: Path, why: str) -> Refused:

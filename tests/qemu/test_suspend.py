@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,111 @@ def test_a_suspend_whose_supervisor_is_killed(
     unharmed(console)
     guest.stop()
     wait_until("the end", lambda: not segue.leftovers(), 10)
+
+
+class Interrupted:
+    """A machine whose resuming was cut short by SIGKILL to its supervisor, at `point`."""
+
+    def __init__(self, segue: Segue, place: Path, point: str) -> None:
+        self.segue, self.place = segue, place
+        disk = place / "disk.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "16M"], check=True)
+        guest = segue.start(
+            "guest", tiny(place, "10.0", "-drive", f"file={disk},if=virtio,format=qcow2")
+        )
+        self.console = watch(guest, place)
+        self.directory = place / "suspended"
+        suspend(guest, self.directory)
+        assert guest.wait() == 0
+        self.console.wait(lambda: self.console.closed, "the end of the console")
+        self.ticks = self.console.witness and self.console.witness.ticks
+        self.before = self.files()
+        died = subprocess.run(
+            segue.command("resume", str(self.directory)),
+            env=segue.environment | {"SEGUE_DIE_AT": point},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            check=False,
+        )
+        assert died.returncode == -signal.SIGKILL
+        self.qemus = [pid for pid in segue.processes() if alive(pid)]
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.directory.iterdir()}
+
+    def resume(self, status: int) -> str:
+        """`segue resume` that must not succeed; what it says."""
+        done = self.segue("resume", str(self.directory))
+        assert done.returncode == status, done
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def goes_on(self, guest: Machine) -> None:
+        """One QEMU, the guest where it was suspended or later, and the next upgrade works."""
+        after = guest.connect(self.place / "console")
+        assert self.ticks
+        first = int(after.expect(rb"tick (\d+)\r\n").group(1))
+        assert first >= self.ticks
+        after.close()
+        console = watch(guest, self.place)
+        assert not self.directory.exists()
+        guest.handed_over("--to", qemu("11.1"))
+        unharmed(console)
+        supervisor = int(guest.status()["supervisor_pid"])
+        running = [p for p in self.segue.processes() if alive(p) and p != supervisor]
+        assert running == [guest.qemu_pid]
+        guest.stop()
+        wait_until("the end", lambda: not self.segue.leftovers(), 10)
+
+
+@pytest.mark.parametrize("point", ["journal", "marked", "loaded"])
+@pytest.mark.parametrize("first", ["recover", "resume"])
+def test_a_resume_whose_supervisor_is_killed_before_the_guest_may_run(
+    segue: Segue, place: Path, point: str, first: str
+) -> None:
+    """Its QEMU is ended, by whoever comes first, and the directory is as it was."""
+    cut = Interrupted(segue, place, point)
+    (pid,) = cut.qemus
+    if first == "recover" or point == "journal":
+        if first == "resume":
+            # Only the run directory knows of that QEMU.
+            assert "segue recover guest" in cut.resume(5)
+            assert alive(pid)
+        done = segue("recover", "guest")
+        assert done.returncode == 3, done
+        assert f"segue resume {cut.directory}" in done.stderr
+        assert not alive(pid)
+        assert cut.files() == cut.before
+    again = resume(segue, cut.directory)
+    assert not alive(pid)
+    cut.goes_on(again)
+
+
+@pytest.mark.parametrize("point", ["may-run", "cont", "removed"])
+def test_a_resume_whose_supervisor_is_killed_when_the_guest_may_run(
+    segue: Segue, place: Path, point: str
+) -> None:
+    """The guest belongs to that QEMU: it is taken up, and is not resumed a second time."""
+    cut = Interrupted(segue, place, point)
+    (pid,) = cut.qemus
+    assert ("segue recover guest" in cut.resume(5)) == (point != "removed")
+    done = segue("recover", "guest")
+    assert done.returncode == 0, done
+    guest = Machine(segue, "guest", None)
+    segue.machines.append(guest)
+    assert guest.qemu_pid == pid
+    cut.resume(5)
+    cut.goes_on(guest)
+
+
+def test_a_resume_whose_supervisor_and_qemu_are_killed(segue: Segue, place: Path) -> None:
+    """`cont` was never sent, and no disk has changed: the guest is where it was."""
+    cut = Interrupted(segue, place, "may-run")
+    (pid,) = cut.qemus
+    os.kill(pid, signal.SIGKILL)
+    wait_until("its end", lambda: not alive(pid))
+    done = segue("recover", "guest")
+    assert done.returncode == 3, done
+    assert f"segue resume {cut.directory}" in done.stderr
+    assert cut.files() == cut.before
+    cut.goes_on(resume(segue, cut.directory))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
+import select
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from segue.errors import TimedOut
 
 # pidfd_getfd(2), the same number on every architecture; Python has no wrapper.
 _PIDFD_GETFD = 438
@@ -39,3 +44,20 @@ def duplicate_of(pid: int, fd: int) -> int:
     if duplicate < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return duplicate
+
+
+def kill(pid: int) -> None:
+    """Return when it is dead: it is no child of ours. Raises TimedOut."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(30000):
+            raise TimedOut(f"QEMU (pid {pid}) does not die", hint="it waits in the kernel")
+    finally:
+        os.close(pidfd)
