@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.qemu.conftest import tiny, unharmed, watch
-from tests.qemu.harness import Segue, alive, qemu
+from tests.qemu.hang import hangs_when_it_reads
+from tests.qemu.harness import Segue, alive, qemu, wait_until
 
 # Mode and target, from the one before; the first instance is 10.0.
 ROUND = (
@@ -160,6 +161,45 @@ def test_cpr_exec_starts_the_old_binary_again(segue: Segue, place: Path, how: st
     for mode in ("cpr-exec", "handover"):
         guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
         unharmed(console)
+
+
+def test_cpr_exec_of_what_hangs_while_it_loads(segue: Segue, place: Path) -> None:
+    """QEMU itself, at the first byte of the state that it is to load."""
+    guest = segue.start("guest", tiny(place, "11.1"))
+    console = watch(guest, place)
+    pid = guest.qemu_pid
+    with guest.qmp() as qmp, guest.qmp() as other:
+        limits = {"move": 10}
+        arguments = {"mode": "cpr-exec", "force": True, "x-break": ["move"], "x-limits": limits}
+        going = qmp.begin("segue-upgrade", arguments)
+        qmp.event(phase="move", state="break")
+        with hangs_when_it_reads(pid, "/cpr-state") as hangs:
+            other.command("x-segue-continue")
+            receipt = going.result(60)
+            assert hangs.is_set()
+    assert receipt["result"] == "timed-out", receipt
+    assert receipt["guest"].startswith("running on the incumbent's binary again")
+    assert not alive(pid)
+    unharmed(console)
+    guest.handed_over("--to", qemu("11.1"), "--mode", "cpr-exec", "--force")
+    unharmed(console)
+
+
+def test_cpr_exec_without_a_way_back(segue: Segue, place: Path) -> None:
+    """The new binary dies, and the old one is gone: that is said, and nothing stays."""
+    old, new = place / "qemu-old", place / "qemu-new"
+    for path, more in ((old, ""), (new, f"[ -z $QEMU_CPR_EXEC_STATE ] || {{ rm {old}; exit 0; }}")):
+        path.write_text(f'#!/bin/sh\n{more}\nexec {qemu("11.1")} "$@"\n')
+        path.chmod(0o755)
+    guest = segue.start("guest", [str(old), *tiny(place, "11.1")[1:]])
+    watch(guest, place)
+    pid = guest.qemu_pid
+    receipt = guest.upgrade("--to", str(new), "--mode", "cpr-exec", "--force", status=8)
+    assert receipt["result"] == "lost"
+    assert "could not be started again" in receipt["error"]["what"]
+    assert guest.wait() == 1
+    assert not alive(pid)
+    wait_until("the end of all", lambda: not segue.leftovers(), 10)
 
 
 def test_cpr_exec_of_what_fails_the_rehearsal(segue: Segue, place: Path) -> None:

@@ -98,6 +98,7 @@ class Instance:
         self._stderr = -1
         self._half_a_line = b""
         self._shuts_down = False
+        self.replaced = False
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._read_last_words: Callable[[], None] = lambda: None
         self._loop.add_reader(self._pidfd, self._reap)
@@ -247,7 +248,8 @@ class Instance:
     ) -> Instance:
         """The instance that this one's process is from now on, having executed another program.
 
-        This one has ended, with exit status 0. `inherited`: our descriptor → its number there.
+        This one has ended, with exit status 0, and is `replaced`. `inherited`: our descriptor → its
+        number there.
         """
         successor = Instance(number, argv, self.pid, *ends, inherited)
         successor.last_words = self.last_words
@@ -256,6 +258,7 @@ class Instance:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self.monitor.close()
+        self.replaced = True
         self._ended.set_result(0)
         return successor
 

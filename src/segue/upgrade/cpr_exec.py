@@ -214,8 +214,10 @@ class CprExec(Handover):
                 async with asyncio.timeout(_WAYS_BACK):
                     await self._bring_back()
             except (SegueError, OSError, TimeoutError) as error:
+                assert self.successor is not None
+                await self.successor.kill()
                 raise GuestLost(
-                    f"the old QEMU could not be started again: {error}",
+                    f"the old QEMU could not be started again: {_why(error)}",
                     hint="see the machine's qemu.log",
                     guest="lost",
                 ) from None
@@ -263,6 +265,12 @@ class CprExec(Handover):
         for fd in self._preserved.values():
             os.close(fd)
         self._preserved.clear()
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"it took longer than {_WAYS_BACK:g} s"
+    return error.what if isinstance(error, SegueError) else str(error)
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -490,7 +490,8 @@ class Upgrader:
             receipt.result = LOST
             receipt.guest = "lost"
         status = current.exit_status
-        host.end(1 if status is None else status)
+        # That of a process which executed another program is not the guest's end.
+        host.end(1 if status is None or current.replaced else status)
 
 
 def _side(binary: Binary, pid: int | None) -> Side:
