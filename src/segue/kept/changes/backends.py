@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from segue.errors import Blocker
+from segue.errors import Blocker, CommandFailed
 from segue.kept import usernet
 from segue.kept.base import Kept, Part
 from segue.kept.changes import carried
@@ -144,7 +144,11 @@ async def _object(
         words = str(Params.of(given, "qom-type")) if text else _json(given)
         found.added.append(Words(("-object", words)))
     elif kind in _READABLE:
-        told = {"qom-type": kind, "id": id, **await _properties(monitor, id, _READABLE[kind])}
+        try:
+            properties = await _properties(monitor, id, _READABLE[kind])
+        except CommandFailed:
+            return  # removed since it was listed: before the machine is frozen clients may do that
+        told = {"qom-type": kind, "id": id, **properties}
         found.added.append(Words(("-object", _json(told))))
     else:
         found.blockers.append(Blocker(f"object '{id}' ({kind})", _UNSAID, _BY_QMP))
