@@ -171,21 +171,75 @@ def test_as_systemd_has_it(segue: Segue, place: Path) -> None:
     notices.close()
 
 
-def test_code_that_does_not_start_is_refused(segue: Segue, place: Path) -> None:
+_GARBAGE = "no program"
+_NO_MODULE = "import sys; sys.modules['segue.supervisor'] = None"
+_OTHER_FORM = "import segue.checkpoint; segue.checkpoint.VERSION += 1"
+
+
+class NewCode:
+    """An interpreter at a path of its own, whose Segue has something wrong with it."""
+
+    def __init__(self, place: Path) -> None:
+        self.path = place / "python"
+        self._place = place
+
+    def write(self, script: str) -> None:
+        self.path.write_text(f"#!/bin/sh\n{script}\n")
+        self.path.chmod(0o755)
+
+    def spoil(self, when: str, fault: str) -> None:
+        """Python runs `fault` first where it is asked ("ask") or has been executed ("restart")."""
+        (self._place / "sitecustomize.py").write_text(f"{fault}\n")
+        spoilt = f"export PYTHONPATH={shlex.quote(str(self._place))}"
+        real = shlex.quote(sys.executable)
+        self.write(f'case $SEGUE_CPR in {when}*) {spoilt};; esac\nexec {real} "$@"')
+
+    def once(self, then: str) -> None:
+        """It answers that it can, but then the file is another one."""
+        self.write(f'{then}\nexec {shlex.quote(sys.executable)} "$@"')
+
+
+def test_new_code_that_fails_at_any_point_leaves_the_old(segue: Segue, place: Path) -> None:
     machine = segue.start("m", tiny(place, "7.2"))
+    assert machine.process is not None
     console = watch(machine, place)
-    python = place / "python"
+    new = NewCode(place)
+    (place / "garbage").write_text(_GARBAGE)
     with machine.qmp() as qmp:
-        for script, said in (
-            (None, "cannot be started"),
-            ("exit 3", "ended without an answer"),
-            ("echo ModuleNotFoundError: No module named segue >&2; exit 1", "No module named"),
-        ):
-            if script is not None:
-                python.write_text(f"#!/bin/sh\n{script}\n")
-                python.chmod(0o755)
-            with pytest.raises(ExecuteError, match=said):
-                qmp.command("segue-reexec", {"python": os.fspath(python)})
-            unharmed(console)
         qmp.command("segue-reexec")
+        before = descriptors(machine.process.pid)
+
+        def refused(said: str) -> None:
+            with pytest.raises(ExecuteError, match=said):
+                qmp.command("segue-reexec", {"python": os.fspath(new.path)})
+            unharmed(console)
+            assert qmp.command("query-status")["status"] == "running"
+            assert len(descriptors(machine.process.pid)) == len(before)
+
+        # Asked.
+        refused("cannot be started: .*No such file")
+        new.path.write_text(_GARBAGE)
+        refused("cannot be started: .*Permission denied")
+        new.path.chmod(0o755)
+        refused("cannot be started: .*Exec format error")
+        new.write("exit 3")
+        refused("ended without an answer")
+        new.write("echo ModuleNotFoundError: No module named segue >&2; exit 1")
+        refused("No module named segue")
+        new.spoil("ask", _OTHER_FORM)
+        refused("in another form than this one reads")
+        # Executed.
+        new.once('rm "$0"')
+        refused("cannot be executed: .*No such file")
+        new.once(f'cp {shlex.quote(str(place))}/garbage "$0"')
+        refused("cannot be executed: .*Exec format error")
+        # Executed, and on the way to being ready.
+        new.spoil("restart", _NO_MODULE)
+        refused("did not get ready: .*segue.supervisor")
+        new.spoil("restart", _OTHER_FORM)
+        refused("did not get ready: .*in another form")
+        receipt = machine.handed_over("--to", qemu("10.0"))
+        assert receipt["result"] == "done"
+        new.once("true")
+        qmp.command("segue-reexec", {"python": os.fspath(new.path)})
     unharmed(console)
