@@ -209,12 +209,14 @@ def test_new_code_that_fails_at_any_point_leaves_the_old(segue: Segue, place: Pa
         qmp.command("segue-reexec")
         before = descriptors(machine.process.pid)
 
+        pid = machine.process.pid
+
         def refused(said: str) -> None:
             with pytest.raises(ExecuteError, match=said):
                 qmp.command("segue-reexec", {"python": os.fspath(new.path)})
             unharmed(console)
             assert qmp.command("query-status")["status"] == "running"
-            assert len(descriptors(machine.process.pid)) == len(before)
+            assert len(descriptors(pid)) == len(before)
 
         # Asked.
         refused("cannot be started: .*No such file")
