@@ -2,8 +2,8 @@
 
 machine.json in the run directory says all that another process must know (checkpoint.py), and
 each instance holds duplicates of the descriptors that this process has: the ends of its own
-sockets and the guest's memory by inheritance, all others (clients' connections, listening sockets,
-pty masters, taps) by `add-fd`, each in an fd set of its own that no client is shown. recovery.py
+sockets, taps and the guest's memory by inheritance, all others (clients' connections, listening
+sockets, pty masters) by `add-fd`, each in an fd set of its own that no client is shown. recovery.py
 takes them back.
 
 machine.json, format 1: {"format": 1, "machine": {...}, "descriptors": {NAME:
@@ -22,6 +22,7 @@ import json
 import mmap
 import os
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ class Keeper:
             new.replace(path)
 
     def _describe(self, name: str, named: Named) -> dict[str, Any]:
-        held = {} if named.held is None else {str(named.held[0]): named.held[1]}
+        held = {str(instance): number for instance, number in (named.held or {}).items()}
         for instance, deposits in self._deposits.items():
             if name in deposits:
                 held[str(instance)] = deposits[name].number
@@ -171,6 +172,7 @@ class Keeper:
         wanted = {name: each.fd for name, each in saver.found.items() if not each.lent}
         # What is closed meanwhile must not become another file under its number.
         copies = {name: os.dup(fd) for name, fd in wanted.items()}
+        unblocked = [fd for fd in copies.values() if not os.get_blocking(fd)]
         known = {each.number for each in self._supervisor.instances}
         for gone in self._deposits.keys() - known:
             del self._deposits[gone]
@@ -189,11 +191,19 @@ class Keeper:
                         "add-fd", {"fdset-id": fdset}, timeout=_PATIENCE, fds=[fd]
                     )
                     there[name] = Deposit(identity("self", fd), fdset, answer["fd"])
+                    _unblock(unblocked)
         except (SegueError, TimeoutError):
             return  # it lives without
         finally:
+            _unblock(unblocked)
             for fd in copies.values():
                 os.close(fd)
+
+
+def _unblock(fds: Collection[int]) -> None:
+    """QEMU makes every open file that it is sent one that blocks, for all who have it."""
+    for fd in fds:
+        os.set_blocking(fd, False)
 
 
 def identity(pid: int | str, fd: int | str) -> Identity:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Named:
     """A descriptor of ours. `lent`: every instance has it anyway, so that none need be asked to
-    hold a duplicate; `held` is the one that does, and its number there, where that alone tells
-    it from others of its kind.
+    hold a duplicate; `held` are its numbers in the instances, where they alone tell it from others
+    of its kind.
     """
 
     fd: int
     lent: bool = False
-    held: tuple[int, int] | None = None
+    held: Mapping[int, int] | None = None
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Saver:
         return Saver(self.exact, self.found, f"{self.prefix}{name}.")
 
     def fd(
-        self, name: str, fd: int, *, lent: bool = False, held: tuple[int, int] | None = None
+        self, name: str, fd: int, *, lent: bool = False, held: Mapping[int, int] | None = None
     ) -> None:
         key = self.prefix + name
         assert key not in self.found, f"two descriptors are called {key}"

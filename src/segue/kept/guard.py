@@ -146,7 +146,7 @@ class Guard:
         """`instance` is the number of the one that it guards."""
         if self.listener < 0 or self._bell is None or self._their_bell is None:
             return {}
-        saver.fd("listener", self.listener, held=(instance, self.held_listener))
+        saver.fd("listener", self.listener, held={instance: self.held_listener})
         saver.fd("bell", self._bell.fileno(), lent=True)
         saver.fd("their-bell", self._their_bell.fileno(), lent=True)
         return {"held": self.held_listener}

@@ -133,6 +133,8 @@ class Borrower:
 
     guard: Guard
     places: list[Place]
+    spares: list[int]
+    """Numbers in it of duplicates that it only holds, for us (keeper.py)."""
     settings: Settings = field(default_factory=dict)
     off: bool = False
     lent: asyncio.Event = field(default_factory=asyncio.Event)
@@ -152,6 +154,7 @@ class Tap(Kept):
         self.queues: list[int] = []
         self._offloads = 0
         self._borrowers: dict[int, Borrower] = {}
+        self._spares: list[int] = []
         self._in_force: Settings = {}
         self._before: Settings | None = None
         self._live = 1
@@ -167,15 +170,18 @@ class Tap(Kept):
             self.interface, _ = tun.interface(self.queues[0])
             self._offloads = tun.known_offloads(self.queues[0])
             self._in_force = self._as_found()
+            self._set_aside()
         except OSError as error:
             raise SegueError(f"{self._option}: {error.strerror}") from None
 
     # -- another process --------------------------------------------------------------------
 
     def save(self, saver: Saver) -> dict[str, Any]:
-        # Not lent: while the guest is paused, no instance has them in their places.
+        # While the guest is paused, no instance has them in their places. Nor can one be sent them
+        # when it runs: QEMU makes what it is sent block, and would wait for the next packet.
         for queue, fd in enumerate(self.queues):
-            saver.fd(f"queue{queue}", fd)
+            held = {number: b.spares[queue] for number, b in self._borrowers.items()}
+            saver.fd(f"queue{queue}", fd, held=held)
         if (steering := self._in_force.get((0, tun.TUNSETSTEERINGEBPF), -1)) >= 0:
             saver.fd("steering", steering)
         return {
@@ -185,7 +191,7 @@ class Tap(Kept):
             "in_force": _plain(self._in_force),
             "live": self._live,
             "borrowers": {
-                str(number): [place.number for place in borrower.places]
+                str(number): [[place.number for place in borrower.places], borrower.spares]
                 for number, borrower in self._borrowers.items()
             },
         }
@@ -202,12 +208,14 @@ class Tap(Kept):
             for setter, getter in tun.INT_SETTERS.items():
                 with contextlib.suppress(OSError):
                     self._in_force[0, setter] = tun.get_int(self.queues[0], getter)
-        for number, places in data["borrowers"].items():
+        self._set_aside()
+        for number, (places, spares) in data["borrowers"].items():
             guard = loader.guards.get(int(number))
             if guard is not None:
                 # Whoever was killed may have put stand-ins there: `restore` is to undo that.
-                off = loader.held
-                self._borrowers[int(number)] = Borrower(guard, [Place(n) for n in places], off=off)
+                self._borrowers[int(number)] = Borrower(
+                    guard, [Place(n) for n in places], spares, off=loader.held
+                )
                 self._watch(int(number))
         self._set_down_script()
 
@@ -246,6 +254,9 @@ class Tap(Kept):
         if script not in ("", "no", None):
             _run_script(script, name)
         self._set_down_script()
+
+    def _set_aside(self) -> None:
+        self._spares = [os.dup(fd) for fd in self.queues]
 
     def _set_down_script(self) -> None:
         params = self._option.params
@@ -303,7 +314,9 @@ class Tap(Kept):
                 place.number = place.stand_in()
             places.append(place)
             lending.inherit(place.number)
-        self._borrowers[lending.number] = Borrower(lending.guard, places)
+        for fd in self._spares:
+            lending.inherit(fd)
+        self._borrowers[lending.number] = Borrower(lending.guard, places, list(self._spares))
         self._watch(lending.number)
         params = self._option.params.without(*_ORIGIN).set("type", "tap")
         if lending.first:
@@ -513,9 +526,9 @@ class Tap(Kept):
             with contextlib.suppress(SegueError, OSError):
                 self._down()
             self._down = None
-        for fd in self.queues:
+        for fd in (*self.queues, *self._spares):
             os.close(fd)
-        self.queues = []
+        self.queues, self._spares = [], []
 
 
 def _plain(settings: Settings) -> list[list[int]]:
