@@ -122,14 +122,12 @@ class Ping:
             thread.join(10)
         self._socket.close()
 
-    def _first(self) -> int:
-        return min(list(self.answers))
-
     @property
     def lost(self) -> list[int]:
         """Numbers without an answer, from the first answered one to the last."""
         answers = dict(self.answers)
-        return [n for n in list(self.sent) if self._first() < n < max(answers) and n not in answers]
+        first, last = min(answers), max(answers)
+        return [n for n in list(self.sent) if first < n < last and n not in answers]
 
     @property
     def doubled(self) -> list[int]:
@@ -139,7 +137,8 @@ class Ping:
     def slowest(self) -> float:
         """Seconds that the slowest answer took."""
         answers = dict(self.answers)
-        return max(t[0] - self.sent[n] for n, t in answers.items() if n > self._first())
+        first = min(answers)
+        return max(t[0] - self.sent[n] for n, t in answers.items() if n > first)
 
 
 def _checksum(data: bytes) -> int:

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from tests.qemu.harness import (
     accelerator,
     alive,
     cache,
-    kill_between_turns,
     qemu,
     wait_until,
 )
@@ -335,45 +333,6 @@ def test_without_a_supervisor_the_guard_is_told_to_be_unanswered(
     again = segue.start("tap", tiny(place, "7.2"), wait=False)
     status = again.directory / "status.json"
     wait_until("the next machine", lambda: status.exists() and again.qemu_pid != pid)
-
-
-def is_dead(pid: int) -> bool:
-    return not alive(pid)
-
-
-def test_a_supervisor_that_is_killed(segue: Segue, place: Path, namespace: Namespace) -> None:
-    """The guest's network goes on without one, and the guest may set its card up with the next."""
-    tap = f"tap,id=n0,ifname=t0,queues=2,{scripts(place)}"
-    card = "virtio-net-pci,netdev=n0,mq=on,vectors=6"
-    guest = Guest(
-        segue, place, namespace, linux(place, "-smp", "2", "-netdev", tap, "-device", card)
-    )
-    ping, stream = Ping(namespace), guest.inbound()
-    ping.wait()
-    for release in ("10.0", "11.1"):
-        guest.machine.handed_over("--to", qemu(release))
-        process = supervisor(guest)
-        kill_between_turns(process)
-        if guest.machine.process is not None and guest.machine.process.pid == process:
-            guest.machine.process.wait()
-        wait_until("the supervisor's death", partial(is_dead, process))
-        stream.wait()
-        with namespace.inside():
-            assert segue("recover", "net").returncode == 0
-        stream.wait()
-    guest.machine.handed_over("--to", qemu("7.2"))
-    stream.wait()
-    stream.end()
-    ping.wait()
-    ping.end()
-    unharmed(ping)
-    seen = len(guest.shell.data)
-    guest.shell.send(b"reboot -f\n")
-    guest.shell.expect(rb"# ", seen + len("reboot -f\r\n# "))
-    ping = Ping(namespace)
-    ping.wait()
-    ping.end()
-    assert segue("stop", "net", "--timeout", "1").returncode == 0
 
 
 @pytest.mark.long

@@ -131,7 +131,7 @@ class Ours(Machine):
 
     async def close(self) -> None:
         with contextlib.suppress(SegueError):
-            await self._segue("stop", self.tap, "--timeout", "0")
+            await self._segue("stop", self.tap, "--timeout", "0.1")
 
     async def _segue(self, *words: str) -> None:
         process = await asyncio.create_subprocess_exec(

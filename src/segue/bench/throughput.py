@@ -203,7 +203,7 @@ async def _relay(binary: Path, place: Path, stack: contextlib.ExitStack) -> Shel
     _, said = await process.communicate()
     if process.returncode:
         raise SegueError(f"segue run: {said.decode(errors='replace').strip()}")
-    stop = [sys.executable, "-m", "segue", "stop", name, "--timeout", "0"]
+    stop = [sys.executable, "-m", "segue", "stop", name, "--timeout", "0.1"]
     stack.callback(
         subprocess.run, stop, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
     )

@@ -27,7 +27,9 @@ from segue.qemu.jsontree import flatten
 from segue.qemu.monitor import Monitor
 from segue.qemu.options import Params
 
-_NETDEV = re.compile(r"^(?: \\ )?(.*?): index=\d+,type=([a-z0-9-]+)", re.MULTILINE)
+_NETDEV = re.compile(
+    r"^(?: \\ )?(?:hub\d+port\d+: )?(.*?): index=\d+,type=([a-z0-9-]+)", re.MULTILINE
+)
 # Objects all of whose properties can be read again, and those of 7.2 and later.
 _READABLE = {
     "iothread": (
@@ -71,7 +73,12 @@ async def look(monitor: Monitor) -> There:
             # Since 11.1 each monitor is an object too.
             if o["type"].startswith("child<") and not o["type"].startswith("child<monitor-")
         },
-        netdevs={name: kind for name, kind in _NETDEV.findall(network) if kind != "nic"},
+        # Those of `-nic` have no id of the user's: QEMU numbers them, each release in its own way.
+        netdevs={
+            name: kind
+            for name, kind in _NETDEV.findall(network)
+            if kind != "nic" and not name.startswith("#")
+        },
         # QEMU makes one for as long as a human monitor's command is carried out.
         chardevs=[c["label"] for c in chardevs if not c["label"].startswith("#")],
     )
