@@ -327,6 +327,11 @@ def no_descriptor_leak(pid: int) -> Iterator[None]:
     )
 
 
+def files(directory: Path) -> list[str]:
+    """The names in a run directory, but for what is being written at this moment."""
+    return sorted(p.name for p in directory.iterdir() if p.suffix != ".new")
+
+
 def descriptors(pid: int) -> list[str]:
     links = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():

@@ -20,7 +20,7 @@ import pytest
 
 from tests.qemu.conftest import watch
 from tests.qemu.hang import main_thread_hangs
-from tests.qemu.harness import alive, no_descriptor_leak, qemu, wait_until
+from tests.qemu.harness import alive, files, no_descriptor_leak, qemu, wait_until
 from tests.qemu.survivor import PHASES, STARTED, Survivor, limits
 
 
@@ -45,10 +45,10 @@ def unchanged(survivor: Survivor) -> Iterator[None]:
     """Nothing is left of a fault, and an upgrade works right after it."""
     assert survivor.machine.process is not None
     with no_descriptor_leak(survivor.machine.process.pid):
-        before = sorted(p.name for p in survivor.machine.directory.iterdir())
+        before = files(survivor.machine.directory)
         yield
         survivor.upgrade_works()
-        assert sorted(p.name for p in survivor.machine.directory.iterdir()) in (
+        assert files(survivor.machine.directory) in (
             before,
             sorted([*before, "receipts.jsonl"]),
         )

@@ -11,7 +11,7 @@ import pytest
 
 from tests.qemu.conftest import tiny, unharmed, watch
 from tests.qemu.hang import hangs_when_it_reads
-from tests.qemu.harness import Segue, alive, qemu, wait_until
+from tests.qemu.harness import Segue, alive, files, qemu, wait_until
 
 # Mode and target, from the one before; the first instance is 10.0.
 ROUND = (
@@ -64,11 +64,11 @@ def test_the_way_back(segue: Segue, place: Path, mode: str, how: str) -> None:
     guest = segue.start("guest", tiny(place, "11.1"))
     console = watch(guest, place)
     incumbent = guest.qemu_pid
-    names = sorted(p.name for p in guest.directory.iterdir())
+    names = files(guest.directory)
 
     def well() -> None:
         assert guest.qemu_pid == incumbent
-        assert sorted({p.name for p in guest.directory.iterdir()} - {"receipts.jsonl"}) == names
+        assert sorted({*files(guest.directory)} - {"receipts.jsonl"}) == names
         unharmed(console)
 
     if how == "rehearsal":
@@ -148,7 +148,7 @@ def test_cpr_exec_starts_the_old_binary_again(segue: Segue, place: Path, how: st
         + "\n"
     )
     new.chmod(0o755)
-    before = sorted(p.name for p in guest.directory.iterdir())
+    before = files(guest.directory)
     with guest.qmp() as qmp:
         arguments = {"mode": "cpr-exec", "to": str(new), "force": True, "x-limits": {"move": 2}}
         receipt = qmp.command("segue-upgrade", arguments)
@@ -156,7 +156,7 @@ def test_cpr_exec_starts_the_old_binary_again(segue: Segue, place: Path, how: st
     assert receipt["rehearsal"]["result"] == "rehearsed"
     assert receipt["guest"].startswith("running on the incumbent's binary again")
     assert guest.status()["binary"] == qemu("11.1")
-    assert sorted({p.name for p in guest.directory.iterdir()} - {"receipts.jsonl"}) == before
+    assert sorted({*files(guest.directory)} - {"receipts.jsonl"}) == before
     unharmed(console)
     for mode in ("cpr-exec", "handover"):
         guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
