@@ -70,7 +70,7 @@ class SocketChannel(Channel):
         self.reads = self.writes = sock.fileno()
 
     def recv(self, size: int) -> bytes:
-        return self.sock.recv(size)
+        return self.sock.recv(size, socket.MSG_DONTWAIT)
 
     def send(self, data: bytes | bytearray) -> int:
         return self.sock.send(data)
@@ -97,7 +97,7 @@ class DatagramChannel(SocketChannel):
 
     def recv(self, size: int) -> bytes:
         try:
-            data = self.sock.recv(65536)
+            data = self.sock.recv(65536, socket.MSG_DONTWAIT)
         except ConnectionError:
             data = b""
         if not data:

@@ -39,7 +39,7 @@ class Viewer:
     def recv(self, size: int) -> bytes | None:
         """None if there is nothing now, b"" if the viewer has gone."""
         try:
-            return self.sock.recv(size)
+            return self.sock.recv(size, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError:
