@@ -2,7 +2,7 @@
 
     machine.json    the description, written last: a directory without it holds nothing
     state           the device state, a migration stream
-    ram-N           the N-th block of guest RAM, sparse; none where it lies on a path of the user's
+    ram-N           the N-th block of guest RAM, sparse; none where it lies in a file of the user's
     file-N          the N-th kept file (kernel, firmware, ...) as the guest first saw it
 
 Whoever resumes it holds a flock on the directory.
@@ -10,9 +10,10 @@ Whoever resumes it holds a flock on the directory.
 machine.json, format 1: one object; `checksum` is the SHA-256 of all its other members as JSON
 with sorted keys. `resuming` is there while a QEMU is made of it: {"pid", "start_time", "may_run"},
 the last of them true from just before its guest may run until the directory is removed. Every file
-has its size and SHA-256; holes in RAM count as nothing, `offsets` tell what is data. Disks are told
-by path, inode, size and mtime (a device number may change with a reboot): what has changed since
-would not fit the guest's memory.
+has its size and SHA-256; holes in RAM and zeros count as nothing, `offsets` tell what is data.
+Disks are told by path, inode, size and mtime (a device number may change with a reboot): what has
+changed since would not fit the guest's memory. Guest RAM that lies in a file of the user's stays
+there, told by path, size and mtime: to read it for a checksum would take as long as to copy it.
 
 `hashlib` and `shutil` are imported where they are used: with them come OpenSSL and the libraries
 of compressed archives, 4 MiB that every supervisor would hold.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from segue.kept.ram import GuestRam
 
 FORMAT = 1
 _CHUNK = 1 << 20
+_ZEROS = bytes(_CHUNK)
 
 
 def default_directory(name: str) -> Path:
@@ -55,6 +58,15 @@ def disk(path: str) -> dict[str, Any]:
     return {
         "path": os.path.abspath(path),
         "inode": status.st_ino,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
+
+
+def ram_in_place(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {
+        "path": str(path.absolute()),
         "bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
     }
@@ -82,13 +94,18 @@ def write_copy(fd: int, path: Path) -> dict[str, Any]:
     from hashlib import sha256
 
     digest = sha256()
-    offsets = []
+    offsets: list[list[int]] = []
     with path.open("xb") as target:
         os.ftruncate(target.fileno(), os.fstat(fd).st_size)
         for start, length in data_segments(fd):
-            offsets.append([start, length])
             for offset, size in _pieces(start, length):
                 data = os.pread(fd, size, offset)
+                if data == _ZEROS[:size]:  # hugetlbfs knows of no holes
+                    continue
+                if offsets and sum(offsets[-1]) == offset:
+                    offsets[-1][1] += size
+                else:
+                    offsets.append([offset, size])
                 digest.update(data)
                 _write(target.fileno(), data, offset)
         os.fsync(target.fileno())
@@ -220,8 +237,8 @@ class Suspended:
         for entry in (self.machine["state"], *self.machine["ram"], *self.machine["files"]):
             if "name" in entry:
                 self._check_file(entry)
-            elif not Path(entry["path"]).is_file():
-                raise Refused(f"guest RAM at {entry['path']} is gone", hint="it cannot be resumed")
+            else:
+                self._check_ram(entry)
 
     def _end_what_was_begun(self) -> None:
         """A resuming whose supervisor died has left a QEMU: the guest must not have two."""
@@ -268,6 +285,21 @@ class Suspended:
                 hint="the guest's memory would not fit it, and its file system would be destroyed",
             )
 
+    def _check_ram(self, known: dict[str, Any]) -> None:
+        try:
+            now = ram_in_place(Path(known["path"]))
+        except OSError as error:
+            raise Refused(
+                f"guest RAM at {known['path']}: {error.strerror}",
+                hint="it was left there; without it the guest cannot be resumed",
+            ) from None
+        changed = [key for key, value in known.items() if now[key] != value]
+        if changed:
+            raise Refused(
+                f"guest RAM at {known['path']} is not what it was ({', '.join(changed)})",
+                hint="somebody has written to it since: the guest cannot be resumed",
+            )
+
     def _check_file(self, entry: dict[str, Any]) -> None:
         from hashlib import sha256
 
@@ -304,10 +336,16 @@ class Suspended:
         for block, entry in zip(blocks, self.machine["ram"], strict=True):
             if "name" not in entry:
                 continue
-            with (self.directory / entry["name"]).open("rb") as source:
+            with (
+                (self.directory / entry["name"]).open("rb") as source,
+                # Huge pages cannot be written by write(2).
+                mmap.mmap(block.fd, block.size) as memory,
+            ):
                 for start, length in entry["offsets"]:
                     for offset, size in _pieces(start, length):
-                        _write(block.fd, os.pread(source.fileno(), size, offset), offset)
+                        # Where there is no room: an error here, and not SIGBUS below.
+                        os.posix_fallocate(block.fd, offset, size)
+                        memory[offset : offset + size] = os.pread(source.fileno(), size, offset)
 
     def resuming(self, pid: int, start_time: int, *, may_run: bool) -> None:
         """Said when there is a QEMU, and again just before its guest may run."""

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,92 @@ def _flip(path: Path) -> None:
         byte = file.read(1)
         file.seek(end)
         file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A folder on tmpfs."""
+    with tempfile.TemporaryDirectory(prefix="segue-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("spelling", ["object", "mem-path"])
+def test_memory_in_a_file_of_the_users_is_left_there(
+    segue: Segue, place: Path, shm: Path, spelling: str
+) -> None:
+    """And nothing else than that very memory is taken for it."""
+    memory = shm / "memory"
+    backend = f"memory-backend-file,id=m0,size=64M,share=on,mem-path={memory}"
+    words = {
+        "object": ["-object", backend, "-machine", "memory-backend=m0"],
+        "mem-path": ["-mem-path", str(memory)],
+    }
+    memory.write_bytes(bytes(64 << 20))
+    guest = segue.start("guest", tiny(place, "7.2", "-M", "pc-q35-7.2", *words[spelling]))
+    before = watch(guest, place)
+    directory = place / "suspended"
+    suspend(guest, directory)
+    assert guest.wait() == 0
+    before.wait(lambda: before.closed, "the end of the console")
+    ticks = before.witness and before.witness.ticks
+    assert ticks
+    assert not list(directory.glob("ram-*"))
+
+    def refused(why: str) -> None:
+        files = {p.name: p.read_bytes() for p in directory.iterdir()}
+        done = segue("resume", str(directory))
+        assert done.returncode == 5, done
+        assert why in done.stderr
+        assert {p.name: p.read_bytes() for p in directory.iterdir()} == files
+
+    kept, moved = memory.read_bytes(), memory.with_name("moved")
+    memory.rename(moved)
+    refused("No such file")
+    memory.write_bytes(kept)
+    refused("is not what it was (mtime_ns)")
+    memory.write_bytes(kept[: 32 << 20])
+    refused("is not what it was (bytes")
+    moved.replace(memory)
+    failed = segue("resume", str(directory), "--to", "/bin/true")
+    assert failed.returncode == 5, failed
+    bad = place / "qemu-bad"
+    hpet = 'case "$*" in *defer*) set -- "$@" -machine hpet=off;; esac'
+    bad.write_text(f'#!/bin/sh\n{hpet}\nexec {qemu("10.0")} "$@"\n')
+    bad.chmod(0o755)
+    assert segue("resume", str(directory), "--to", str(bad)).returncode == 1
+    assert memory.read_bytes() == kept
+
+    again = resume(segue, directory, "--to", qemu("11.1"))
+    after = again.connect(place / "console")
+    assert ticks <= int(after.expect(rb"tick (\d+)\r\n").group(1)) < ticks + 10_000
+    after.close()
+    console = watch(again, place)
+    ram = again.handed_over("--to", qemu("10.0"))["kept"]
+    inode = memory.stat().st_ino
+    assert [k["identity"]["inode"] for k in ram if k["kind"] == "ram"] == [inode]
+    unharmed(console)
+    again.stop()
+    again.wait()
+    assert memory.stat().st_ino == inode
+
+
+def test_memory_on_a_file_system_of_the_users_comes_back_there(
+    segue: Segue, place: Path, shm: Path
+) -> None:
+    """A folder there means, as with QEMU, a file that nobody else can see."""
+    guest = segue.start("guest", tiny(place, "10.0", "-mem-path", str(shm)))
+    watch(guest, place)
+    directory = place / "suspended"
+    suspend(guest, directory)
+    assert guest.wait() == 0
+    assert (directory / "ram-0").stat().st_blocks << 9 < 64 << 20
+    again = resume(segue, directory)
+    console = watch(again, place)
+    device = shm.stat().st_dev
+    kept = again.handed_over("--to", qemu("11.1"))["kept"]
+    assert [k["identity"]["device"] for k in kept if k["kind"] == "ram"] == [device]
+    unharmed(console)
+    assert not list(shm.iterdir())
 
 
 def test_a_target_that_does_not_load_it(segue: Segue, place: Path) -> None:

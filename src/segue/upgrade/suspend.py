@@ -19,7 +19,15 @@ from segue.errors import Refused
 from segue.kept.files import KeptFile
 from segue.kept.ram import GuestRam
 from segue.qemu import migration
-from segue.suspended import boot_id, bytes_in, disk, make_directory, write_copy, write_description
+from segue.suspended import (
+    boot_id,
+    bytes_in,
+    disk,
+    make_directory,
+    ram_in_place,
+    write_copy,
+    write_description,
+)
 from segue.upgrade import images
 from segue.upgrade.handover import Handover
 from segue.upgrade.phases import MOVE, Phase
@@ -129,11 +137,15 @@ class Suspend(Handover):
 
     def _write_ram(self) -> list[dict[str, Any]]:
         return [
-            {"path": str(ram.place)}
+            self._left_in_place(ram.fd, ram.place)
             if ram.place is not None
             else write_copy(ram.fd, self.to / f"ram-{number}")
             for number, ram in enumerate(self._ram())
         ]
+
+    def _left_in_place(self, fd: int, path: Path) -> dict[str, Any]:
+        os.fsync(fd)  # it may be on a disk, and the host rebooted
+        return ram_in_place(path)
 
     async def _commit(self) -> None:
         self.surroundings.journal.write("commit", self.incumbent, None)
