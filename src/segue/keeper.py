@@ -178,12 +178,14 @@ class Keeper:
             del self._deposits[gone]
         there = self._deposits.setdefault(instance.number, {})
         monitor = instance.monitor
+        stale = {
+            name: deposit
+            for name, deposit in there.items()
+            if name not in copies or identity("self", copies[name]) != deposit.identity
+        }
+        for name in stale:
+            del there[name]
         try:
-            for name, deposit in tuple(there.items()):
-                if name not in copies or identity("self", copies[name]) != deposit.identity:
-                    del there[name]
-                    arguments = {"fdset-id": deposit.fdset, "fd": deposit.number}
-                    await monitor.execute("remove-fd", arguments, timeout=_PATIENCE)
             for name, fd in copies.items():
                 if name not in there:
                     fdset = next(self._sets)
@@ -192,6 +194,12 @@ class Keeper:
                     )
                     there[name] = Deposit(identity("self", fd), fdset, answer["fd"])
                     _unblock(unblocked)
+            if stale:
+                # What machine.json says is held is held: it must not name what is taken out now.
+                self.write()
+            for deposit in stale.values():
+                arguments = {"fdset-id": deposit.fdset, "fd": deposit.number}
+                await monitor.execute("remove-fd", arguments, timeout=_PATIENCE)
         except (SegueError, TimeoutError):
             return  # it lives without
         finally:

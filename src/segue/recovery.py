@@ -22,15 +22,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from segue import checkpoint
 from segue.detach import SIGNALS
 from segue.errors import GuestLost, NotRunning, QemuError, Refused, SegueError
-from segue.keeper import FORMAT, Identity, identity
+from segue.keeper import FORMAT, Deposit, Identity, identity
 from segue.kept.processes import duplicate_of, kill
 from segue.machines import MachineDirectory, is_alive
 from segue.qemu import migration
@@ -157,7 +157,7 @@ class Recovery:
         for gone in supervisor.guards.keys() - {live.number}:
             del supervisor.guards[gone]
         supervisor.adopt(live)
-        await _take_out(live)
+        supervisor.keeper.load({str(live.number): await self._deposits(live)})
         supervisor.serve(live)
         supervisor.journal.write("done", live, None)
         supervisor.server.load(self.machine["qmp"], loader, self.busy)
@@ -202,6 +202,30 @@ class Recovery:
                 with contextlib.suppress(OSError):
                     found[name] = duplicate_of(*place)
         return found
+
+    async def _deposits(self, live: Instance) -> dict[str, Any]:
+        """What QEMU holds for the dead, it goes on to hold for us: we may be killed as well, at
+        once. What nobody asks for, it is to let go of.
+        """
+        listed = await live.monitor.execute("query-fdsets")
+        ours = {
+            fd["fd"]: each["fdset-id"]
+            for each in listed
+            if each["fdset-id"] >= FDSETS
+            for fd in each["fds"]
+        }
+        there = {live.pid: _identities(live.pid, ours)}
+        deposits = {}
+        for name, entry in self.descriptors.items():
+            place = _find(entry, {live.number: live.pid}, there)
+            if place is not None and (fdset := ours.pop(place[1], None)) is not None:
+                deposit = Deposit(entry["identity"], fdset, place[1])
+                deposits[name] = asdict(deposit)
+        for number, fdset in ours.items():
+            with contextlib.suppress(SegueError):
+                arguments = {"fdset-id": fdset, "fd": number}
+                await live.monitor.execute("remove-fd", arguments)
+        return deposits
 
     # -- the upgrade that was under way -----------------------------------------------------
 
@@ -360,14 +384,6 @@ class Recovery:
         return found
 
 
-async def _take_out(instance: Instance) -> None:
-    """Have QEMU let go of what it held for the dead: what is still wanted is given to it anew."""
-    for each in await instance.monitor.execute("query-fdsets"):
-        if each["fdset-id"] >= FDSETS:
-            with contextlib.suppress(SegueError):
-                await instance.monitor.execute("remove-fd", {"fdset-id": each["fdset-id"]})
-
-
 async def _usual_settings(instance: Instance) -> None:
     listed = await instance.monitor.execute("query-migrate-capabilities")
     settings = migration.Settings({each["capability"]: False for each in listed}, _DEFAULTS)
@@ -395,10 +411,14 @@ def _find(
 
 
 def _holdings(pid: int) -> dict[tuple[str, ...], int]:
+    return _identities(pid, map(int, os.listdir(f"/proc/{pid}/fd")))
+
+
+def _identities(pid: int, fds: Iterable[int]) -> dict[tuple[str, ...], int]:
     held: dict[tuple[str, ...], int] = {}
-    for fd in os.listdir(f"/proc/{pid}/fd"):
+    for fd in fds:
         with contextlib.suppress(OSError):
-            held.setdefault(tuple(identity(pid, fd)), int(fd))
+            held.setdefault(tuple(identity(pid, fd)), fd)
     return held
 
 

@@ -152,6 +152,22 @@ def test_twice_in_a_row_and_reexec(orphan: Orphan) -> None:
     orphan.recover()
 
 
+def test_killed_before_it_has_told_anyone_that_it_is_there(orphan: Orphan) -> None:
+    """What the first had given into QEMU's keeping stays there: the third takes it back."""
+    orphan.kill()
+    path = orphan.machine.directory / "machine.json"
+    was = path.stat().st_ino
+    command, environment = orphan.segue.command("recover", "orphan"), orphan.segue.environment
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as caller:
+        children = Path(f"/proc/{caller.pid}/task/{caller.pid}/children")
+        while path.stat().st_ino == was:
+            assert caller.poll() is None
+        second = int(children.read_text())
+        kill_between_turns(second)
+    wait_until("the second supervisor's death", lambda: not alive(second))
+    orphan.recover()
+
+
 def test_a_second_supervisor_is_refused(orphan: Orphan) -> None:
     done = orphan.recover(status=5)
     assert "already running" in done.stderr
