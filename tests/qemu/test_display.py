@@ -29,7 +29,7 @@ def test_a_name_and_a_password(segue: Segue, place: Path) -> None:
             viewer.close()
             for wrong in (None, "wrong"):
                 with pytest.raises(Refused):
-                    Viewer(port, wrong)
+                    Viewer(port, wrong).close()
             if number:
                 word = {"protocol": "vnc", "password": f"word{number + 1}"}
                 qmp.command("set_password", word)
@@ -49,8 +49,8 @@ def test_an_address_that_was_changed_and_a_password_that_expired(segue: Segue, p
         guest.handed_over("--to", qemu("10.0"))
         Viewer(other, "word").close()
         with pytest.raises(ConnectionRefusedError):
-            Viewer(port, "word")
+            Viewer(port, "word").close()
         qmp.command("expire_password", {"protocol": "vnc", "time": "now"})
         guest.handed_over("--to", qemu("11.1"))
         with pytest.raises(Refused):
-            Viewer(other, "word")
+            Viewer(other, "word").close()

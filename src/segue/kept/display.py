@@ -94,10 +94,11 @@ class VncAddress(Kept):
 
 
 def _moment(when: str) -> str:
-    """`+N` and `now` of `expire_password` as a point in time; the rest means the same later too."""
-    if when == "now" or when.startswith("+"):
-        return str(int(time.time()) + int(when[1:] if when != "now" else 0))
-    return when
+    """`+N` of `expire_password` as a point in time; the rest means the same later too.
+
+    `now` above all: QEMU takes it as long ago, while the second that it is now has not passed yet.
+    """
+    return str(int(time.time()) + int(when[1:])) if when.startswith("+") else when
 
 
 class DisplayRule:
