@@ -6,6 +6,10 @@ sockets, taps and the guest's memory by inheritance, all others (clients' connec
 sockets, pty masters) by `add-fd`, each in an fd set of its own that no client is shown. recovery.py
 takes them back.
 
+QEMU makes the open files that it is sent block (qio_channel_socket_copy_fds() in
+channel-socket.c), for us too, and an instance that hangs does so at any later time. So what is
+sent is never read or written without MSG_DONTWAIT, or is made not to block just before.
+
 machine.json, format 1: {"format": 1, "machine": {...}, "descriptors": {NAME:
 {"identity": [...], "held": {"INSTANCE": NUMBER THERE}}}}. It is replaced as a whole whenever
 something is another, at most every 20 ms; while an upgrade is under way only at its beginning and
@@ -22,7 +26,6 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +175,6 @@ class Keeper:
         wanted = {name: each.fd for name, each in saver.found.items() if not each.lent}
         # What is closed meanwhile must not become another file under its number.
         copies = {name: os.dup(fd) for name, fd in wanted.items()}
-        unblocked = [fd for fd in copies.values() if not os.get_blocking(fd)]
         known = {each.number for each in self._supervisor.instances}
         for gone in self._deposits.keys() - known:
             del self._deposits[gone]
@@ -193,7 +195,6 @@ class Keeper:
                         "add-fd", {"fdset-id": fdset}, timeout=_PATIENCE, fds=[fd]
                     )
                     there[name] = Deposit(identity("self", fd), fdset, answer["fd"])
-                    _unblock(unblocked)
             if stale:
                 # What machine.json says is held is held: it must not name what is taken out now.
                 self.write()
@@ -203,15 +204,8 @@ class Keeper:
         except (SegueError, TimeoutError):
             return  # it lives without
         finally:
-            _unblock(unblocked)
             for fd in copies.values():
                 os.close(fd)
-
-
-def _unblock(fds: Collection[int]) -> None:
-    """QEMU makes every open file that it is sent one that blocks, for all who have it."""
-    for fd in fds:
-        os.set_blocking(fd, False)
 
 
 def identity(pid: int | str, fd: int | str) -> Identity:

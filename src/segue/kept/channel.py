@@ -73,7 +73,7 @@ class SocketChannel(Channel):
         return self.sock.recv(size, socket.MSG_DONTWAIT)
 
     def send(self, data: bytes | bytearray) -> int:
-        return self.sock.send(data)
+        return self.sock.send(data, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         # An instance may hold a duplicate, which would keep the connection open.
@@ -107,7 +107,7 @@ class DatagramChannel(SocketChannel):
     def send(self, data: bytes | bytearray) -> int:
         piece = data[:_DATAGRAM]
         with contextlib.suppress(ConnectionError):
-            self.sock.send(piece)
+            self.sock.send(piece, socket.MSG_DONTWAIT)
         return len(piece)
 
 

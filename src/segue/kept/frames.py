@@ -78,7 +78,7 @@ class Frames:
             raise ConnectionResetError
         whole = self.add(memoryview(buffer)[:count])
         if whole:
-            sock.recv_into(buffer, whole)
+            sock.recv_into(buffer, whole, socket.MSG_DONTWAIT)
         return whole
 
     def next(self, size: int) -> bytes:

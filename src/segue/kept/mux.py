@@ -387,7 +387,7 @@ class Mux(Kept):
     def _write_front(self, leg: _Leg) -> None:
         while leg.pending and leg.sock is not None:
             try:
-                del leg.pending[: leg.sock.send(leg.pending)]
+                del leg.pending[: leg.sock.send(leg.pending, socket.MSG_DONTWAIT)]
             except BlockingIOError:
                 return
 
@@ -399,7 +399,7 @@ class Mux(Kept):
         for leg in self._legs:
             while leg.sock is not None:
                 try:
-                    data = leg.sock.recv(_PIECE)
+                    data = leg.sock.recv(_PIECE, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     break
                 self._output(data)

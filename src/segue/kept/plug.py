@@ -122,7 +122,7 @@ class DatagramFar:
         taken = 0
         for _ in range(_TURN):
             try:
-                count = self.sock.recv_into(buffer)
+                count = self.sock.recv_into(buffer, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except ConnectionError:  # what became of an earlier one
@@ -138,9 +138,9 @@ class DatagramFar:
         frame = data[HEADER:length]
         try:
             if self._to is None:
-                self.sock.send(frame)
+                self.sock.send(frame, socket.MSG_DONTWAIT)
             else:
-                self.sock.sendto(frame, self._to)
+                self.sock.sendto(frame, socket.MSG_DONTWAIT, self._to)
         except BlockingIOError:
             raise
         except OSError:

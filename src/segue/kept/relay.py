@@ -70,7 +70,7 @@ class StreamFar:
         return frames.read(self.sock, buffer)
 
     def send(self, data: bytes) -> int:
-        return self.sock.send(data, socket.MSG_NOSIGNAL)
+        return self.sock.send(data, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         self.sock.close()

@@ -53,9 +53,10 @@ class TelnetChannel(SocketChannel):
     def _greet(self) -> None:
         if self._greeting:
             try:
-                self._greeting = self._greeting[self.sock.send(self._greeting) :]
+                sent = self.sock.send(self._greeting, socket.MSG_DONTWAIT)
             except OSError:
                 return  # too early, or the client is gone, which reading will find
+            self._greeting = self._greeting[sent:]
 
     def _strip(self, data: bytes) -> bytes:
         if not self._seen and IAC not in data:

@@ -135,13 +135,17 @@ class Stdio(Endpoint):
 
 
 class PtyChannel(Channel):
-    """The master while somebody has the slave open. Output for a slave that is closed is lost."""
+    """The master while somebody has the slave open. Output for a slave that is closed is lost.
+
+    A terminal knows no MSG_DONTWAIT (keeper.py), so that it does not block is said each time.
+    """
 
     def __init__(self, master: int) -> None:
         self.reads = self.writes = master
 
     def recv(self, size: int) -> bytes:
         try:
+            os.set_blocking(self.reads, False)
             return os.read(self.reads, size)
         except BlockingIOError:
             raise
@@ -151,6 +155,7 @@ class PtyChannel(Channel):
     def send(self, data: bytes | bytearray) -> int:
         if hung_up(self.writes):
             return len(data)
+        os.set_blocking(self.writes, False)
         return os.write(self.writes, data)
 
     def save(self, saver: Saver) -> dict[str, Any]:

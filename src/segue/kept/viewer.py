@@ -32,7 +32,7 @@ class Viewer:
         """Send what goes. Raises OSError if the viewer has gone."""
         while self.pending:
             try:
-                del self.pending[: self.sock.send(self.pending)]
+                del self.pending[: self.sock.send(self.pending, socket.MSG_DONTWAIT)]
             except BlockingIOError:
                 return
 

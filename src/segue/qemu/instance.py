@@ -384,6 +384,7 @@ class Instance:
             if at_end:
                 return
             try:
+                os.set_blocking(fd, False)  # QEMU undoes it (keeper.py)
                 chunk = os.read(fd, 65536)
             except BlockingIOError:
                 return

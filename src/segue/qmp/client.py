@@ -189,11 +189,10 @@ class Client:
         self._server.busy[self.place] = 1
         try:
             if self.sock.family == socket.AF_UNIX:
-                data, fds, _, _ = socket.recv_fds(
-                    self.sock, CHUNK, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
-                )
+                flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                data, fds, _, _ = socket.recv_fds(self.sock, CHUNK, _MAX_FDS, flags)
             else:
-                data = self.sock.recv(CHUNK)
+                data = self.sock.recv(CHUNK, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -326,7 +325,7 @@ class Client:
             self._out += data
             return
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(data, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
@@ -339,7 +338,7 @@ class Client:
     def _flush(self) -> None:
         try:
             while self._out:
-                sent = self.sock.send(self._out)
+                sent = self.sock.send(self._out, socket.MSG_DONTWAIT)
                 del self._out[:sent]
         except (BlockingIOError, InterruptedError):
             pass
