@@ -111,6 +111,25 @@ def test_connections_both_ways_outlive_every_release(
     wait_until("the end of passt", lambda: not alive(first["pid"]), 10)
 
 
+def test_connections_outlive_the_supervisor_s_code(
+    command: Segue, place: Path, namespace: Namespace
+) -> None:
+    network = ("-netdev", f"user,id=n0,{FORWARD}", "-device", "virtio-net-pci,netdev=n0")
+    one = guest(command, place, namespace, *network)
+    streams = [one.inbound(), one.outbound()]
+    first = kept(one.machine.status(), "passt")["identity"]
+    for release in ("10.0", "7.2"):
+        for _ in range(2):
+            with namespace.inside():
+                assert command("reexec", "net").returncode == 0
+            for stream in streams:
+                stream.wait()
+        receipt = one.machine.handed_over("--to", qemu(release))
+        assert kept(receipt, "passt")["identity"] == first
+    for stream in streams:
+        stream.end()
+
+
 def test_a_passt_that_dies_is_started_again(
     command: Segue, place: Path, namespace: Namespace
 ) -> None:

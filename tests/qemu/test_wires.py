@@ -115,7 +115,7 @@ def test_no_frame_is_lost(
     ping.end()
     if way not in (datagrams, old_udp):
         # A socket for datagrams holds few, and a busy host loses more.
-        unharmed(ping)
+        unharmed(ping, guest)
     cable.close()
     if way in (stream_server, old_listen):
         # Another one may come, as to QEMU.
