@@ -218,10 +218,12 @@ def test_processors_and_memory(segue: Segue, place: Path) -> None:
     # Without the heartbeat: on a busy host a new CPU would wait for the one that makes up for it.
     # And without what the guest's kernel does ill while a host lets one of its CPUs wait: it
     # measures delays anew for a new CPU, tests its clock, in which both CPUs spin, and has
-    # watchdogs that fill the console. QEMU 7.2's TCG may let the new CPU sleep for good in `hlt`.
+    # watchdogs that fill the console. QEMU 7.2's TCG may let the new CPU sleep for good in `hlt`,
+    # and, alone and with no upgrade at all, hung such a guest as its new CPU came online (1 of 17
+    # on a busy host; `stop` and `cont` woke it): so it is plugged into 10.0 (none of 60).
     patient = "idle=poll lpj=4000000 tsc=reliable nosoftlockup nowatchdog"
     quiet = ("-append", f"console=ttyS0 quiet {patient}")
-    with Guest(segue, place, "7.2", *quiet) as guest:
+    with Guest(segue, place, "10.0", *quiet) as guest:
         cpus = guest.qmp.command("query-hotpluggable-cpus")
         empty = [cpu for cpu in cpus if "qom-path" not in cpu]
         guest.qmp.command(
@@ -238,7 +240,7 @@ def test_processors_and_memory(segue: Segue, place: Path) -> None:
         blocks = "ls -d /sys/devices/system/memory/memory*"
         guest.until(f"for m in $({blocks}); do echo online >$m/state; done; true")
         memory = guest.run("grep MemTotal /proc/meminfo")
-        for release in ROUND:
+        for release in ("11.1", "7.2", "10.0"):
             guest.upgrade(release)
             assert guest.run("grep MemTotal /proc/meminfo") == memory
             assert guest.run("cat /sys/devices/system/cpu/online") == "0-1"
