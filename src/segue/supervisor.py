@@ -46,7 +46,7 @@ from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
 from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import Instance, start_time
-from segue.qemu.monitor import Event
+from segue.qemu.monitor import ENDS_BY_ITSELF, Event
 from segue.qmp.commands import error_of
 from segue.qmp.gate import Gate
 from segue.qmp.log import LogFile, logger
@@ -64,8 +64,6 @@ _STATE_EVENTS = frozenset(
 )
 # Of an upgrade's own doing: clients see SEGUE_UPGRADE instead.
 _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
-# Why QEMU ends by itself, whatever `-action shutdown=pause` says (run-state.json: ShutdownCause).
-_ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui", "host-error"})
 _HISTORY = 1000
 
 Ready = Callable[[], None]
@@ -397,7 +395,7 @@ class Supervisor:
             wanted = life.panic in ("shutdown", "exit-failure")
             wanted = wanted and (life.panic == "exit-failure" or life.shutdown == "poweroff")
         else:
-            wanted = life.shutdown == "poweroff" and data.get("reason") not in _ENDS_BY_ITSELF
+            wanted = life.shutdown == "poweroff" and data.get("reason") not in ENDS_BY_ITSELF
         if wanted:
             await self._execute("quit")
         else:

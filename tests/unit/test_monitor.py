@@ -143,3 +143,24 @@ def test_last_words_are_heard() -> None:
             assert monitor.closed
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_qemu_that_ends_is_told_nothing_more(by_itself: bool) -> None:
+    async def run() -> None:
+        async with far_side() as far:
+            monitor = await far.connected()
+            if by_itself:
+                far.say({"event": "SHUTDOWN", "data": {"guest": False, "reason": "host-signal"}})
+                monitor.read_now()
+            else:
+                quitting = asyncio.ensure_future(monitor.execute("quit"))
+                far.say({"return": {}, "id": (await far.hears())["id"]})
+                await quitting
+            with pytest.raises(MonitorClosed, match="ending"):
+                await monitor.execute("query-status", timeout=5)
+            with pytest.raises(BlockingIOError):
+                far.sock.recv(1)
+            monitor.close()
+
+    asyncio.run(run())

@@ -24,6 +24,8 @@ from segue.errors import CommandFailed, MonitorClosed
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
+# Why QEMU ends by itself, whatever `-action shutdown=pause` says (run-state.json: ShutdownCause).
+ENDS_BY_ITSELF = frozenset({"host-signal", "host-qmp-quit", "host-ui"})
 _CHUNK = 256 * 1024
 
 
@@ -43,6 +45,7 @@ class Monitor:
         self._to_send: list[tuple[bytes, list[int]]] = []
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
+        self._ends = False
         self._first_line_may_be_cut = False
         self._loop.add_reader(sock.fileno(), self._readable)
 
@@ -94,11 +97,17 @@ class Monitor:
     def relay(
         self, message: dict[str, Any], fds: Sequence[int] = ()
     ) -> asyncio.Future[dict[str, Any]]:
-        """Send a command as it is, under an id of our own; the reply comes without its id."""
+        """Send a command as it is, under an id of our own; the reply comes without its id.
+
+        Nothing is sent to a QEMU that ends: a command that 10.0 reads in that moment is a
+        segmentation fault, since monitor_cleanup() drops the dispatcher before the reader.
+        """
         future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
-        if self._closed:
-            future.set_exception(MonitorClosed("QEMU's monitor is closed"))
+        if self._closed or self._ends:
+            why = "QEMU is ending" if self._ends else "QEMU's monitor is closed"
+            future.set_exception(MonitorClosed(why))
             return future
+        self._ends = message.get("execute") == "quit"
         number = next(self._ids)
         self._pending[number] = future
         data = json.dumps(message | {"id": number}, separators=(",", ":")).encode() + b"\n"
@@ -246,6 +255,9 @@ class Monitor:
             return
         match message:
             case {"event": str()}:
+                match message:
+                    case {"event": "SHUTDOWN", "data": {"reason": str() as reason}}:
+                        self._ends = self._ends or reason in ENDS_BY_ITSELF
                 for listener in tuple(self._listeners):
                     listener(message)
             case {"QMP": dict()}:
