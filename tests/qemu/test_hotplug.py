@@ -51,6 +51,13 @@ class Guest:
         """Wait until a command succeeds in the guest."""
         wait_until(line, lambda: "yes" in self.run(f"{line} && echo y''es"), LIMIT)
 
+    def disk_ready(self, path: str) -> None:
+        """Wait until the kernel serves it, which is later than the node's appearing."""
+        self.until(f"test -b {path} && head -c 1 {path} >/dev/null")
+
+    def write(self, text: str, path: str) -> None:
+        assert self.run(f"echo {text} >{path} && sync && echo writ''ten") == "written"
+
     def upgrade(self, release: str) -> None:
         self.machine.handed_over("--to", qemu(release))
         assert self.run("echo ali''ve") == "alive"
@@ -135,8 +142,8 @@ def test_a_disk_is_plugged_in_used_through_upgrades_and_unplugged(
                 "serial": "S9",
             },
         )
-        guest.until("test -b /dev/vda")
-        guest.run("echo before the first upgrade >/dev/vda")
+        guest.disk_ready("/dev/vda")
+        guest.write("before the first upgrade", "/dev/vda")
         where = guest.run("readlink -f /sys/block/vda/device")
         for release in ROUND:
             guest.upgrade(release)
@@ -191,11 +198,11 @@ def test_controllers_networks_and_objects(segue: Segue, place: Path) -> None:
         add(
             "device_add", {"driver": "virtio-rng-pci", "id": "rng", "rng": "random", "bus": "port3"}
         )
-        guest.until("test -b /dev/sda")
+        guest.disk_ready("/dev/sda")
         guest.until("test -d /sys/class/net/eth0")
         mac = guest.run("cat /sys/class/net/eth0/address")
         where = guest.run("readlink -f /sys/block/sda /sys/class/net/eth0")
-        guest.run("echo hello >/dev/sda")
+        guest.write("hello", "/dev/sda")
         for release in ROUND:
             guest.upgrade(release)
             assert guest.run("cat /sys/class/net/eth0/address") == mac
@@ -262,7 +269,7 @@ def test_a_device_of_the_command_line_is_unplugged(segue: Segue, place: Path) ->
         *("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,id=nic,bus=port2"),
     )
     with Guest(segue, place, "7.2", *more) as guest:
-        guest.until("test -b /dev/vda")
+        guest.disk_ready("/dev/vda")
         nic = guest.run("readlink -f /sys/class/net/eth0")
         rng = next(
             device["qdev_id"] or ""
@@ -352,7 +359,7 @@ def test_what_clients_set(segue: Segue, place: Path) -> None:
     )
     with Guest(segue, place, "7.2", *more) as guest:
         set = guest.qmp.command
-        guest.until("test -b /dev/sr0")
+        guest.disk_ready("/dev/sr0")
         limits = {"bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 77, "iops_wr": 78}
         set("block_set_io_throttle", {"device": "one", **limits, "iops_rd_max": 99})
         set("block_resize", {"node-name": "two", "size": 24 << 20})
@@ -431,7 +438,7 @@ def test_what_human_monitors_are_told(segue: Segue, place: Path) -> None:
             "device_add virtio-blk-pci,drive=typed,id=t1,bus=port1,serial=TYPED,iothread=io7",
         ):
             human.send(line.encode() + b"\n")
-        guest.until("test -b /dev/vda")
+        guest.disk_ready("/dev/vda")
         assert guest.hmp("netdev_add user,id=spoken") == ""
         assert guest.hmp("device_add virtio-net-pci,netdev=spoken,id=t2,bus=port2,vectors=5") == ""
         assert guest.hmp("object_add rng-builtin,id=random") == ""
@@ -555,8 +562,8 @@ def test_usb(segue: Segue, place: Path) -> None:
             {"driver": "usb-storage", "id": "u1", "drive": "stick", "bus": "xhci.0", "port": "3"},
         )
         do("device_add", {"driver": "usb-kbd", "id": "u2"})
-        guest.until("test -b /dev/sda")
-        guest.run("echo on the stick >/dev/sda; sync")
+        guest.disk_ready("/dev/sda")
+        guest.write("on the stick", "/dev/sda")
         where = guest.run("readlink -f /sys/block/sda")
         for release in ROUND:
             guest.upgrade(release)
@@ -575,8 +582,8 @@ def test_every_mode_builds_the_machine_as_it_is_now(segue: Segue, place: Path) -
             "object-add", {"qom-type": "memory-backend-ram", "id": "mem9", "size": 128 << 20}
         )
         guest.qmp.command("device_add", {"driver": "pc-dimm", "id": "dimm9", "memdev": "mem9"})
-        guest.until("test -b /dev/vda")
-        guest.run("echo in every mode >/dev/vda; sync")
+        guest.disk_ready("/dev/vda")
+        guest.write("in every mode", "/dev/vda")
         for mode in ("cpr-transfer", "cpr-exec", "migrate"):
             receipt = guest.machine.handed_over("--to", qemu("11.1"), "--force", "--mode", mode)
             assert receipt["mode"] == mode
