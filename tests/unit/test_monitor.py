@@ -164,3 +164,28 @@ def test_a_qemu_that_ends_is_told_nothing_more(by_itself: bool) -> None:
             monitor.close()
 
     asyncio.run(run())
+
+
+def test_descriptors_wait_until_those_before_have_been_taken() -> None:
+    async def scenario() -> None:
+        async with far_side() as far:
+            monitor = await far.connected()
+            one, two = (monitor.relay({"execute": "getfd"}, [far.sock.fileno()]) for _ in range(2))
+            last = monitor.relay({"execute": "stop"})
+            first = await far.hears()
+            with pytest.raises(BlockingIOError):
+                far.sock.recv(1)
+            far.say({"return": {}, "id": first["id"]})
+            assert await one == {"return": {}}
+            lines = (await asyncio.get_running_loop().sock_recv(far.sock, 65536)).splitlines()
+            assert [json.loads(line)["execute"] for line in lines[:1]] == ["getfd"]
+            far.say({"return": {}, "id": json.loads(lines[0])["id"]})
+            await two
+            if len(lines) == 1:
+                lines += (await asyncio.get_running_loop().sock_recv(far.sock, 65536)).splitlines()
+            far.say({"return": {}, "id": json.loads(lines[1])["id"]})
+            await last
+            assert monitor.idle
+            monitor.close()
+
+    asyncio.run(scenario())

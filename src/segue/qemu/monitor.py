@@ -42,7 +42,8 @@ class Monitor:
         self._listeners: list[Listener] = []
         self._close_callbacks: list[Callable[[], None]] = []
         self._received = bytearray()
-        self._to_send: list[tuple[bytes, list[int]]] = []
+        self._to_send: list[tuple[bytes, list[int], asyncio.Future[Any] | None]] = []
+        self._carrying: asyncio.Future[Any] | None = None
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
         self._ends = False
@@ -111,7 +112,7 @@ class Monitor:
         number = next(self._ids)
         self._pending[number] = future
         data = json.dumps(message | {"id": number}, separators=(",", ":")).encode() + b"\n"
-        self._to_send.append((data, list(fds)))
+        self._to_send.append((data, list(fds), future))
         if len(self._to_send) == 1:
             self._flush()
         return future
@@ -148,7 +149,7 @@ class Monitor:
         # Answers to the dead user's commands must not be taken for ours.
         self._ids = itertools.count(time.monotonic_ns())
         self._first_line_may_be_cut = True
-        self._to_send.append((b"\xff\n", []))
+        self._to_send.append((b"\xff\n", [], None))
         self._flush()
         try:
             await self.execute("query-status", timeout=timeout)
@@ -195,12 +196,28 @@ class Monitor:
             callback()
 
     def _flush(self) -> None:
+        """Send what waits, but never descriptors before those that were sent have been taken.
+
+        QEMU reads ahead in another thread, which closes what its main thread has not taken yet:
+        that took the wrong ones, or died of it (tcp_chr_recv, 10.0).
+        """
+        if self._closed:
+            return
         try:
             while self._to_send:
-                data, fds = self._to_send[0]
+                data, fds, future = self._to_send[0]
+                if fds and future is not None:
+                    if self._carrying is not None and not self._carrying.done():
+                        break
+                    if future.done():  # nobody waits any more, and the descriptors are closed
+                        self._to_send.pop(0)
+                        self._pending = {n: f for n, f in self._pending.items() if f is not future}
+                        continue
+                    self._carrying = future
+                    future.add_done_callback(lambda _: self._flush())
                 sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
                 if sent < len(data):
-                    self._to_send[0] = (data[sent:], [])
+                    self._to_send[0] = (data[sent:], [], future)
                     raise BlockingIOError
                 self._to_send.pop(0)
         except BlockingIOError:
