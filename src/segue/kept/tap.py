@@ -8,8 +8,8 @@ sockets that never become readable, and its ioctls on them are answered by the g
     hold      the incumbent is given stand-ins too: what arrives waits in the queues from now on,
               and what the guest still sends is passed on by us
     commit    what the successor wants is set on the interface; then `cont`
-    switch    the queues are put in the places of the successor's stand-ins, and what its guest has
-              sent meanwhile is passed on, but for QEMU's announcement
+    switch    when QEMU's announcement has come, the queues are put in the places of the successor's
+              stand-ins; what its guest has sent meanwhile is passed on, the announcement is not
     undo      what the incumbent had set is set again, and it gets its queues back
 
 The kernel's vhost-net is told of the queues in `cont`, so there they are lent just before it. When
@@ -63,6 +63,9 @@ _FRAME = 1 << 17
 
 # EtherType of the reverse ARP packet by which QEMU announces a guest (net/announce.c).
 _RARP = b"\x80\x35"
+# Seconds for QEMU to send it, which it does in `cont` after it has said RESUME. The queues are lent
+# as soon as it has come, so that it is not seen on the interface.
+_ANNOUNCED = 0.05
 # Seconds for an instance that runs the guest to take the queues.
 _LENT_LIMIT = 10.0
 
@@ -428,10 +431,23 @@ class Tap(Kept):
             self._wake(borrower)
         if not borrower.off or borrower.places[0].ours is None:
             return
+        loop = asyncio.get_running_loop()
+        announced = loop.call_later(_ANNOUNCED, self._lend_soon, borrower)
+
+        def spared(frame: bytes) -> bool:
+            found = self._is_announcement(frame)
+            if found and not announced.cancelled():
+                announced.cancel()
+                self._lend_soon(borrower)
+            return found
+
         for place, queue in zip(borrower.places, self.queues, strict=True):
-            place.relay(queue, self._is_announcement)
-        with contextlib.suppress(SegueError):  # QEMU is dead
-            borrower.guard.lend_soon(self._places(borrower), lambda: self._has_queues(borrower))
+            place.relay(queue, spared)
+
+    def _lend_soon(self, borrower: Borrower) -> None:
+        if borrower.off and borrower is self._borrowers.get(self._live):
+            with contextlib.suppress(SegueError):  # QEMU is dead
+                borrower.guard.lend_soon(self._places(borrower), lambda: self._has_queues(borrower))
 
     async def settle(self, monitor: Monitor) -> None:
         borrower = self._borrowers[self._live]
