@@ -1,4 +1,4 @@
-"""Network cards whose other side is to be a `-netdev stream` of ours, however they were spelled."""
+"""Network cards whose other side is to be a `-netdev dgram` of ours, however they were spelled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from segue.qemu.options import Params
 
 
 def split(draft: Draft) -> None:
-    """Each `-nic` in two, since it does not know `stream`: all of them, for the cards' order."""
+    """Each `-nic` in two, since it does not know `dgram`: all of them, for the cards' order."""
     for number, option in enumerate(draft.options("nic")):
         params = option.params
         if params.get("type") == "none":
@@ -28,7 +28,7 @@ def name_of(draft: Draft, option: Option) -> str:
 
 
 def plugged_in(option: Option, name: str) -> tuple[str, ...]:
-    """What is needed besides `-netdev stream,id=NAME`: cards of `-net nic` are on hub 0."""
+    """What is needed besides `-netdev dgram,id=NAME`: cards of `-net nic` are on hub 0."""
     if option.name != "net":
         return ()
     return ("-netdev", f"hubport,id=segue-hub-{name},hubid=0,netdev={name}")

@@ -1,9 +1,9 @@
-"""A stream of Ethernet frames on its way from one socket to another.
+"""Ethernet frames on their way from one socket to another.
+
+On a stream socket, as `-netdev stream` and passt speak it (net/stream.c, passt's tap.c):
 
     length   4 bytes, big-endian, of the frame alone
     frame    as on the wire, without a checksum
-
-QEMU's `-netdev stream` and passt speak it over a stream socket (net/stream.c, passt's tap.c).
 
 Only whole frames are taken out of a socket, and what has come of another stays in it. So no
 frame is torn when a supervisor is killed, or the sender replaced: what one process took, it had
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -31,42 +32,47 @@ class Garbled(Exception):
 
 
 class Frames:
-    """Whole frames that wait to be passed on.
+    """Whole frames that wait to be passed on, each with its length before it.
 
-    A frame is kept until `forget` is told that its taker has all of it. Whoever takes over from
-    that taker (`begin_again`) is given whole frames: of one that the former had in part, all.
+    Onto a stream they go by `next`, which may be taken in part; singly by `first`.
     """
 
     def __init__(self) -> None:
-        self._data = bytearray()
-        # Lengths: of the frames that were passed on, and of the others; of the first of these
-        # `_part` bytes were passed on.
-        self._behind: deque[int] = deque()
-        self._ahead: deque[int] = deque()
+        self._frames: deque[bytes] = deque()
+        # Bytes of the first frame that were passed on.
         self._part = 0
-        self._sent = 0
-
-    def __len__(self) -> int:
-        return len(self._data)
+        self._size = 0
 
     @property
     def waiting(self) -> int:
         """Bytes that have not been passed on."""
-        return len(self._data) - self._sent
+        return self._size - self._part
 
-    def add(self, data: bytes | bytearray | memoryview) -> int:
+    def add(self, data: bytes | memoryview) -> int:
         """Whole frames at the beginning of `data`; how many bytes they are. Raises Garbled."""
-        have, end = len(data), 0
-        while have - end >= HEADER:
-            length = int.from_bytes(data[end : end + HEADER], "big")
+        have, at = len(data), 0
+        while have - at >= HEADER:
+            length = int.from_bytes(data[at : at + HEADER], "big")
             if not 0 < length <= LONGEST:
                 raise Garbled(f"a frame of {length} bytes")
-            if have - end < HEADER + length:
+            end = at + HEADER + length
+            if have < end:
                 break
-            end += HEADER + length
-            self._ahead.append(HEADER + length)
-        self._data += data[:end]
-        return end
+            self._frames.append(bytes(data[at:end]))
+            at = end
+        self._size += at
+        return at
+
+    def add_frame(self, frame: bytes | memoryview) -> None:
+        whole = len(frame).to_bytes(HEADER, "big") + frame
+        self._frames.append(whole)
+        self._size += len(whole)
+
+    def put_back(self, frames: Iterable[bytes]) -> None:
+        """Frames that were passed on singly, and come before those that wait."""
+        again = [len(frame).to_bytes(HEADER, "big") + frame for frame in frames]
+        self._frames.extendleft(reversed(again))
+        self._size += sum(map(len, again))
 
     def read(self, sock: socket.socket, buffer: bytearray) -> int:
         """Take whole frames out of a stream socket; how many bytes. `buffer` is for scratch.
@@ -81,65 +87,50 @@ class Frames:
             sock.recv_into(buffer, whole, socket.MSG_DONTWAIT)
         return whole
 
+    def first(self) -> bytes:
+        """The frame alone; then tell `passed_first`."""
+        return self._frames[0][HEADER:]
+
+    def passed_first(self) -> None:
+        self._size -= len(self._frames.popleft())
+
     def next(self, size: int) -> bytes:
-        """What is to be passed on next; then tell `passed`.
+        """What a stream is to have next; then tell `passed`.
 
         The rest of a frame that was passed on in part, or else whole frames of `size` bytes
         together, or one that is longer.
         """
-        if not self._ahead:
+        if not self._frames:
             return b""
-        take = self._ahead[0] - self._part
-        if not self._part:
-            for length in islice(self._ahead, 1, None):
-                if take + length > size:
-                    break
-                take += length
-        return bytes(self._data[self._sent : self._sent + take])
+        if self._part:
+            return self._frames[0][self._part :]
+        count, take = 1, len(self._frames[0])
+        for frame in islice(self._frames, 1, None):
+            take += len(frame)
+            if take > size:
+                break
+            count += 1
+        return b"".join(islice(self._frames, count))
 
     def passed(self, count: int) -> None:
-        self._sent += count
         self._part += count
-        while self._ahead and self._part >= self._ahead[0]:
-            self._part -= self._ahead[0]
-            self._behind.append(self._ahead.popleft())
-
-    def taken_back(self, count: int) -> None:
-        """Bytes that were passed on, and which the taker has not read."""
-        self._sent -= count
-        self._part -= count
-        while self._part < 0:
-            self._ahead.appendleft(self._behind.pop())
-            self._part += self._ahead[0]
-
-    def forget(self, unread: int = 0) -> None:
-        """Drop what the taker has: all but the last `unread` bytes that were passed on."""
-        read, gone = self._sent - unread, 0
-        while self._behind and gone + self._behind[0] <= read:
-            gone += self._behind.popleft()
-        if gone:
-            del self._data[:gone]
-            self._sent -= gone
-
-    def owed(self) -> bytes:
-        """The rest of a frame that the taker has in part."""
-        rest = self._ahead[0] - self._part if self._part else 0
-        return bytes(self._data[self._sent : self._sent + rest])
+        while self._frames and self._part >= len(self._frames[0]):
+            self._part -= len(self._frames[0])
+            self.passed_first()
 
     def begin_again(self) -> None:
-        """There is another taker."""
-        self.taken_back(self._sent)
+        """There is another taker: of what the former had in part, it is given all."""
+        self._part = 0
 
     def save(self, saver: Saver) -> dict[str, Any]:
         """What was passed on in part is known to nobody but this process."""
-        return {"data": saver.bytes(self._data), "sent": self._sent if saver.exact else 0}
+        data = b"".join(self._frames)
+        return {"data": saver.bytes(data), "part": self._part if saver.exact else 0}
 
     def load(self, data: dict[str, Any]) -> None:
         self.add(raw(data["data"]))
-        self.passed(data["sent"])
+        self._part = data["part"]
 
     def clear(self) -> None:
-        self._data.clear()
-        self._behind.clear()
-        self._ahead.clear()
-        self._sent = self._part = 0
+        self._frames.clear()
+        self._size = self._part = 0

@@ -45,9 +45,13 @@ class Pair:
     inherited: bool = True
 
     @classmethod
-    def make(cls, to_instance: int | None = _TO_INSTANCE) -> Pair:
-        """With room for so many bytes towards the instance; None is the system's default."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    def make(cls, to_instance: int | None = _TO_INSTANCE, *, messages: bool = False) -> Pair:
+        """With room for so many bytes towards the instance; None is the system's default.
+
+        `messages`: what is sent at once is also read at once, and by itself.
+        """
+        kind = socket.SOCK_SEQPACKET if messages else socket.SOCK_STREAM
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         ours.setblocking(False)
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
         if to_instance is not None:
@@ -106,7 +110,7 @@ class Pair:
         return _receive(self.ours, size) if self.ours else b""
 
     def unread(self) -> bytes:
-        """Take out what the instance has not read."""
+        """Take out what the instance has not read: of messages, the first."""
         return _receive(self.theirs, _ALL)
 
     def hang_up(self) -> None:

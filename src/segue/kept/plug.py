@@ -17,7 +17,7 @@ from typing import Any
 from segue.errors import SegueError
 from segue.kept.channel import Channel, SocketChannel, socket_cookie
 from segue.kept.endpoints import resolve
-from segue.kept.frames import HEADER, Frames
+from segue.kept.frames import HEADER, LONGEST, Frames
 from segue.kept.relay import Far, StreamFar
 from segue.kept.sockets import Client, Server
 from segue.qemu.options import Params
@@ -128,7 +128,9 @@ class DatagramFar:
             except ConnectionError:  # what became of an earlier one
                 continue
             if count:
-                taken += frames.add(count.to_bytes(HEADER, "big") + buffer[:count])
+                # QEMU cuts off what is longer.
+                frames.add_frame(memoryview(buffer)[: min(count, LONGEST)])
+                taken += count
         if not taken:
             raise BlockingIOError
         return taken

@@ -1,6 +1,6 @@
 """Networks that QEMU has over a socket of its own: `stream`, `dgram` and the older `socket`.
 
-The supervisor opens the socket, as QEMU would, and keeps it. Each instance is given `stream` on a
+The supervisor opens the socket, as QEMU would, and keeps it. Each instance is given `dgram` on a
 socketpair with a relay of frames behind it, whatever the user's own spelling: a guest cannot tell.
 """
 
