@@ -63,10 +63,12 @@ class Frames:
         self._size += at
         return at
 
-    def add_frame(self, frame: bytes | memoryview) -> None:
+    def add_frame(self, frame: bytes | memoryview) -> int:
+        """One that came as a message; how many bytes it is with its length."""
         whole = len(frame).to_bytes(HEADER, "big") + frame
         self._frames.append(whole)
         self._size += len(whole)
+        return len(whole)
 
     def put_back(self, frames: Iterable[bytes]) -> None:
         """Frames that were passed on singly, and come before those that wait."""

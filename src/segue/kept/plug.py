@@ -129,8 +129,7 @@ class DatagramFar:
                 continue
             if count:
                 # QEMU cuts off what is longer.
-                frames.add_frame(memoryview(buffer)[: min(count, LONGEST)])
-                taken += count
+                taken += frames.add_frame(memoryview(buffer)[: min(count, LONGEST)])
         if not taken:
             raise BlockingIOError
         return taken
