@@ -7,6 +7,7 @@ ours, and a character device's far end is a broker's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from segue.errors import BadCommandLine
@@ -145,5 +146,10 @@ def why_not(found: Chardev | None) -> str | None:
 
 
 def words(found: Chardev) -> list[str]:
-    """For one that holds nothing outside of QEMU."""
-    return found.to_option().argv()
+    """For one that holds nothing outside of QEMU but a file, which is not begun anew."""
+    params = found.params
+    if found.backend == "file":
+        params = params.set("append", True)
+    if "logfile" in params:
+        params = params.set("logappend", True)
+    return replace(found, params=params).to_option().argv()

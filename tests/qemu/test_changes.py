@@ -1,0 +1,139 @@
+"""What clients changed is part of the machine, whoever has looked after it since."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from tests.qemu.harness import Segue, alive, kill_between_turns, qemu, wait_until
+from tests.qemu.plugged import ROUND, Guest, disk
+
+
+def test_newer_code_and_another_supervisor_know_of_it(segue: Segue, place: Path) -> None:
+    """A disk that was plugged in is there after a reexec and an upgrade, a kill and an upgrade."""
+    with Guest(segue, place, "7.2") as guest:
+        guest.plug_disk(disk(place / "hot.raw"), "hot", "disk9", "port2")
+        guest.disk_ready("/dev/vda")
+        guest.write("as it was", "/dev/vda")
+
+        assert segue("reexec", "linux").returncode == 0
+        guest.upgrade("10.0")
+        assert guest.run("head -n 1 /dev/vda") == "as it was"
+
+        pid = int(guest.machine.status()["supervisor_pid"])
+        held = guest.machine.directory / "machine.json"
+        wait_until("the client in QEMU's keeping", lambda: _keeps_clients(held))
+        kill_between_turns(pid)
+        assert guest.machine.process is not None
+        guest.machine.process.wait()
+        wait_until("the supervisor's death", lambda: not alive(pid))
+        recovered = segue("recover", "linux")
+        assert recovered.returncode == 0, recovered
+        guest.upgrade("11.1")
+        assert guest.run("head -n 1 /dev/vda") == "as it was"
+
+        guest.device_gone("disk9")
+        guest.qmp.command("blockdev-del", {"node-name": "hot"})
+        assert segue("reexec", "linux").returncode == 0
+        guest.upgrade("7.2")
+        assert guest.qmp.command("query-named-block-nodes") == []
+        guest.until("! test -b /dev/vda")
+        guest.machine.stop()
+
+
+def _keeps_clients(machine: Path) -> bool:
+    """This test's own QMP client, and what is on the consoles."""
+    found = json.loads(machine.read_text())["descriptors"].items()
+    clients = [each["held"] for name, each in found if "client" in name or "end.socket" in name]
+    return len(clients) == 3 and all(clients)
+
+
+def test_a_throttle_group(segue: Segue, place: Path) -> None:
+    with Guest(segue, place, "7.2") as guest:
+        do = guest.qmp.command
+        do("object-add", {"qom-type": "throttle-group", "id": "slow", "limits": {"iops-total": 90}})
+        file = {"driver": "file", "filename": str(disk(place / "slow.raw"))}
+        below = {"driver": "raw", "file": file}
+        filter = {"driver": "throttle", "throttle-group": "slow", "file": below}
+        do("blockdev-add", {**filter, "node-name": "limited"})
+        arguments = {"driver": "virtio-blk-pci", "id": "disk", "drive": "limited", "bus": "port1"}
+        do("device_add", arguments)
+        guest.disk_ready("/dev/vda")
+        guest.write("through a limit", "/dev/vda")
+        for release in ROUND:
+            guest.upgrade(release)
+            limits = do("qom-get", {"path": "/objects/slow", "property": "limits"})
+            assert limits["iops-total"] == 90
+            nodes = {n["node-name"]: n["drv"] for n in do("query-named-block-nodes")}
+            assert nodes["limited"] == "throttle"
+            guest.run("echo 3 >/proc/sys/vm/drop_caches")
+            assert guest.run("head -n 1 /dev/vda") == "through a limit"
+            changed = {"iops-total": 90, "bps-write": 1 << 20}
+            do("qom-set", {"path": "/objects/slow", "property": "limits", "value": changed})
+        limits = do("qom-get", {"path": "/objects/slow", "property": "limits"})
+        assert limits["bps-write"] == 1 << 20
+        guest.beats()
+
+
+def test_a_mirror_takes_the_place_of_its_source(segue: Segue, place: Path) -> None:
+    with Guest(segue, place, "7.2") as guest:
+        do = guest.qmp.command
+        guest.plug_disk(disk(place / "old.raw"), "old", "disk", "port1")
+        guest.disk_ready("/dev/vda")
+        guest.write("copied", "/dev/vda")
+        new = disk(place / "new.qcow2", kind="qcow2")
+        file = {"driver": "file", "filename": str(new)}
+        do("blockdev-add", {"driver": "qcow2", "node-name": "new", "file": file})
+        mirror = {"device": "old", "target": "new", "sync": "full"}
+        guest.job("blockdev-mirror", {"job-id": "pivot", **mirror}, "pivot")
+        for number, release in enumerate(ROUND):
+            guest.upgrade(release)
+            assert [b["inserted"]["node-name"] for b in do("query-block")] == ["new"]
+            guest.run("echo 3 >/proc/sys/vm/drop_caches")
+            before = "copied" if number == 0 else f"after {ROUND[number - 1]}"
+            assert guest.run("head -n 1 /dev/vda") == before
+            guest.write(f"after {release}", "/dev/vda")
+        guest.device_gone("disk")
+        do("blockdev-del", {"node-name": "new"})
+        read = ["qemu-img", "dd", "-O", "raw", f"if={new}", f"of={place}/read", "bs=512", "count=1"]
+        subprocess.run(read, check=True)
+        assert (place / "read").read_bytes().startswith(b"after 7.2\n")
+
+
+def test_a_port_that_leads_elsewhere(segue: Segue, place: Path) -> None:
+    """`chardev-change` under a running guest: what it says goes to the new place, for good."""
+    port = (
+        *("-chardev", f"file,id=port,path={place}/first"),
+        *("-device", "virtconsole,chardev=port,nr=5"),
+    )
+    with Guest(segue, place, "7.2", *port) as guest:
+        guest.until("test -c /dev/hvc1")
+        guest.run("echo one >/dev/hvc1")
+        wait_until("the first file", lambda: (place / "first").read_bytes() == b"one\r\n")
+        data = {"out": f"{place}/second"}
+        change = {"id": "port", "backend": {"type": "file", "data": data}}
+        guest.qmp.command("chardev-change", change)
+        said = b""
+        for release in ROUND:
+            guest.run(f"echo before {release} >/dev/hvc1")
+            guest.upgrade(release)
+            guest.run(f"echo after {release} >/dev/hvc1")
+            said += f"before {release}\r\nafter {release}\r\n".encode()
+            expected = said
+            wait_until("what was said", lambda: (place / "second").read_bytes() == expected)  # noqa: B023
+        assert (place / "first").read_bytes() == b"one\r\n"
+
+
+def test_memory_after_qemu_gave_up_its_root(segue: Segue, place: Path) -> None:
+    """It cannot be shared then, so the upgrade is refused by name; without it, it is done."""
+    root = place / "root"
+    root.mkdir()
+    with Guest(segue, place, "7.2", "-chroot", str(root)) as guest:
+        do = guest.qmp.command
+        do("object-add", {"qom-type": "memory-backend-ram", "id": "late", "size": 128 << 20})
+        why = guest.refused("7.2")
+        assert any("'late'" in each and "/proc" in each for each in why), why
+        do("object-del", {"id": "late"})
+        guest.machine.handed_over("--to", qemu("7.2"), "--force")
+        assert guest.run("echo ali''ve") == "alive"
