@@ -1,0 +1,87 @@
+"""A machine as a service of a real systemd: started, reloaded, killed, upgraded."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from segue.guest import Witness
+from tests.qemu.conftest import tiny, unharmed
+from tests.qemu.harness import Client, alive, kill_between_turns, qemu, wait_until
+from tests.qemu.systemd import Systemd
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take root")
+
+
+@pytest.fixture
+def systemd(place: Path) -> Iterator[Systemd]:
+    made = Systemd(place, {})
+    yield made
+    made.close()
+
+
+class Unit:
+    """segue@NAME.service."""
+
+    def __init__(self, systemd: Systemd, name: str, argv: list[str]) -> None:
+        self.systemd = systemd
+        self.name = name
+        folder = systemd.root / "etc/segue/machines"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{argv[0]}\n  {shlex.join(argv[1:])}\n")
+
+    def systemctl(self, verb: str, *words: str) -> str:
+        return self.systemd.run("systemctl", verb, f"segue@{self.name}", *words)
+
+    def show(self, name: str) -> str:
+        return self.systemctl("show", "--value", "--property", name).strip()
+
+    @property
+    def supervisor(self) -> int:
+        return self.systemd.outside(int(self.show("MainPID")))
+
+    @property
+    def state(self) -> tuple[str, str]:
+        return self.show("ActiveState"), self.show("SubState")
+
+    def qemus(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            pid = int(entry.parent.name)
+            if b"qemu-system" in entry.read_bytes() and self.systemd.is_ours(pid):
+                found.append(pid)
+        return found
+
+
+def test_a_machine_through_its_life(systemd: Systemd, place: Path) -> None:
+    unit = Unit(systemd, "demo", tiny(place, "7.2"))
+    unit.systemctl("start")
+    assert unit.state == ("active", "running")
+    console = Client.unix(place / "console")
+    console.witness = Witness()
+    console.wait(lambda: console.witness and console.witness.ticks > 20, "the first ticks")
+    [machine] = unit.qemus()
+
+    pid = unit.supervisor
+    before = Path(f"/proc/{pid}/auxv").read_bytes()
+    unit.systemctl("reload")
+    assert unit.supervisor == pid
+    assert Path(f"/proc/{pid}/auxv").read_bytes() != before, "nothing was executed"
+    unharmed(console)
+
+    kill_between_turns(pid)
+    wait_until("another supervisor", lambda: unit.state == ("active", "running"))
+    assert unit.show("NRestarts") == "1"
+    assert unit.supervisor != pid
+    assert unit.qemus() == [machine]
+    unharmed(console)
+
+    systemd.run("segue", "upgrade", "demo", "--to", qemu("11.1"))
+    assert not alive(machine)
+    assert unit.state == ("active", "running")
+    unharmed(console)
+    console.close()
