@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 DEMO_PACKAGES := python3-venv qemu-system-x86
-TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf openssl gcc libc6-dev iproute2 systemd
+TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf openssl gcc libc6-dev iproute2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo releases guest test test-long test-nested check format clean demo-packages test-packages

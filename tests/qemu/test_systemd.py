@@ -11,10 +11,13 @@ import pytest
 
 from segue.guest import Witness
 from tests.qemu.conftest import tiny, unharmed
-from tests.qemu.harness import Client, alive, kill_between_turns, qemu, wait_until
+from tests.qemu.harness import LIMIT, Client, alive, kill_between_turns, qemu, wait_until
 from tests.qemu.systemd import Systemd
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take root")
+pytestmark = [
+    pytest.mark.long,  # not every container may mount what a systemd needs
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take root"),
+]
 
 
 @pytest.fixture
@@ -84,4 +87,10 @@ def test_a_machine_through_its_life(systemd: Systemd, place: Path) -> None:
     assert not alive(machine)
     assert unit.state == ("active", "running")
     unharmed(console)
+
+    # This guest knows no power button, so it is told to quit in the end.
+    unit.systemctl("stop", "--no-block")
+    wait_until("the end", lambda: unit.state == ("inactive", "dead"), 3 * LIMIT)
+    assert unit.qemus() == []
+    console.wait(lambda: console.closed, "the end of the console")
     console.close()
