@@ -76,10 +76,18 @@ def linux(place: Path, *network: str, release: str = "7.2", words: str = "") -> 
 class Guest:
     """A Linux guest on a network, its shell, and what is attached to it."""
 
-    def __init__(self, segue: Segue, place: Path, namespace: Namespace, argv: list[str]) -> None:
+    def __init__(
+        self,
+        segue: Segue,
+        place: Path,
+        namespace: Namespace,
+        argv: list[str],
+        *,
+        close_fds: bool = True,
+    ) -> None:
         self.namespace = namespace
         with namespace.inside():
-            self.machine: Machine = segue.start("net", argv)
+            self.machine: Machine = segue.start("net", argv, close_fds=close_fds)
         self.shell: Client = self.machine.connect(place / "console")
         self.shell.expect(rb"# ")
 

@@ -10,13 +10,16 @@ import os
 import re
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.qemu.conftest import tiny
-from tests.qemu.harness import Segue, alive, passt, qemu, wait_until
+from tests.qemu.harness import LIMIT, Segue, alive, passt, qemu, wait_until
 from tests.qemu.netns import Namespace, Stream
 from tests.qemu.test_network import ECHO, Guest, kept, linux
 
@@ -69,6 +72,13 @@ class UserGuest(Guest):
 
         connection: socket.socket = wait_until("a connection to the guest", connected)
         return connection
+
+    def listens(self, port: int) -> None:
+        """Wait until somebody in the guest does."""
+        wait_until(
+            f"somebody at port {port}",
+            lambda: f":{port} " in self.shell.command("netstat -lnt"),
+        )
 
     def outbound(self, host: str = "127.0.0.1") -> Stream:
         return super().outbound(host)
@@ -128,6 +138,124 @@ def test_connections_outlive_the_supervisor_s_code(
         assert kept(receipt, "passt")["identity"] == first
     for stream in streams:
         stream.end()
+
+
+class Session:
+    """A shell in the guest over one connection, as by ssh: it is told to count, again and again."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(LIMIT)
+        self._lines = connection.makefile("rw", newline="\n")
+        self._connection = connection
+        self.answers: list[str] = []
+        self.slowest = 0.0
+        self._ending = False
+        self._came = threading.Condition()
+        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._thread.start()
+
+    def _talk(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self._ending:
+                asked = time.monotonic()
+                self._lines.write("n=$((n + 1)); echo $$ $n\n")
+                self._lines.flush()
+                answer = self._lines.readline()
+                self.slowest = max(self.slowest, time.monotonic() - asked)
+                with self._came:
+                    self.answers.append(answer)
+                    self._came.notify_all()
+                time.sleep(0.005)
+
+    def wait(self, more: int = 20) -> None:
+        with self._came:
+            wanted = len(self.answers) + more
+            assert self._came.wait_for(lambda: len(self.answers) >= wanted, LIMIT), "no answers"
+
+    def end(self) -> None:
+        """It was one and the same shell, and missed no word."""
+        self._ending = True
+        self._thread.join(LIMIT)
+        self._lines.close()
+        self._connection.close()
+        pid = self.answers[0].split()[0]
+        assert self.answers == [f"{pid} {n + 1}\n" for n in range(len(self.answers))]
+
+
+class Callers:
+    """A new connection to a forwarded port each time the last has had its answer and ended."""
+
+    def __init__(self, namespace: Namespace, port: int) -> None:
+        self._namespace, self._port = namespace, port
+        self.served = 0
+        self.failed: list[str] = []
+        self._ending = False
+        self._came = threading.Condition()
+        self._thread = threading.Thread(target=self._call, daemon=True)
+        self._thread.start()
+
+    def _call(self) -> None:
+        while not self._ending:
+            question, began = os.urandom(32), time.monotonic()
+            try:
+                with self._namespace.inside():
+                    connection = socket.create_connection(("127.0.0.1", self._port), LIMIT)
+                with connection:
+                    connection.sendall(question)
+                    answer = connection.recv(len(question), socket.MSG_WAITALL)
+                if answer != question:
+                    self.failed.append(f"call {self.served}: {answer!r} came back")
+            except OSError as error:
+                self.failed.append(
+                    f"call {self.served}, after {time.monotonic() - began:.3f} s: {error}"
+                )
+            with self._came:
+                self.served += 1
+                self._came.notify_all()
+            time.sleep(0.02)
+
+    def wait(self, more: int = 3) -> None:
+        with self._came:
+            wanted = self.served + more
+            assert self._came.wait_for(lambda: self.served >= wanted, LIMIT), "no answers"
+
+    def end(self) -> None:
+        self._ending = True
+        self._thread.join(LIMIT)
+        assert self.failed == []
+
+
+@pytest.mark.parametrize("upgrades", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_a_session_and_a_listening_port(
+    command: Segue, place: Path, namespace: Namespace, upgrades: int
+) -> None:
+    """A shell over one connection, ports of the guest that are called all the time, and data."""
+    shell, echo = PORT + 1, PORT + 2
+    forwards = f"hostfwd=tcp:127.0.0.1:{shell}-:23,hostfwd=tcp:127.0.0.1:{echo}-:7,{FORWARD}"
+    network = ("-netdev", f"user,id=n0,{forwards}", "-device", "virtio-net-pci,netdev=n0")
+    one = guest(command, place, namespace, *network)
+    for port, program in ((23, "sh"), (7, "cat")):
+        one.shell.command(f"(nc -ll -p {port} -e {program} 2>/dev/null &)")
+        one.listens(port)
+    # First what the guest sends: only then passt knows its MAC address.
+    streams = [one.outbound(), one.inbound()]
+    with namespace.inside():
+        session = Session(socket.create_connection(("127.0.0.1", shell), LIMIT))
+    callers = Callers(namespace, echo)
+    parts: list[Session | Callers | Stream] = [session, callers, *streams]
+    session.wait()
+    for number in range(upgrades):
+        receipt = one.machine.handed_over("--to", qemu(("10.0", "11.1", "7.2")[number % 3]))
+        assert receipt["not_kept"] == []
+        for part in parts:
+            part.wait()
+    for part in parts:
+        part.end()
+    sys.stdout.write(
+        f"{upgrades} upgrades: {len(session.answers)} answers of one shell, the slowest after "
+        f"{session.slowest * 1000:.0f} ms; {callers.served} calls; "
+        f"{sum(s.sent for s in streams)} bytes"
+    )
 
 
 def test_a_passt_that_dies_is_started_again(

@@ -30,6 +30,10 @@ from segue.saved import Loader, Saver
 # the guest with no upgrade at all.
 OLDEST = (2025, 5, 3)
 
+# passt drops what finds no room, and sends the first of a connection only once.
+_ROOM = 4 << 20
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
+
 _ROUTES = Path("/proc/net/route")
 _ANSWER_LIMIT = 5.0
 # Seconds until a passt that has died is started anew; doubled each time it dies young.
@@ -162,6 +166,10 @@ class Passt(Kept):
     def _run(self) -> socket.socket:
         """Start passt; it goes into the background when it is ready. Raises SegueError."""
         ours, theirs = socket.socketpair()
+        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):  # the first is root's
+            with contextlib.suppress(OSError):
+                theirs.setsockopt(socket.SOL_SOCKET, option, _ROOM)
+                break
         try:
             with theirs:
                 path = str(self._pidfile)
