@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,5 +63,32 @@ def test_qmp_round_trips_and_waits_are_measured(segue: Segue, place: Path) -> No
     assert found["alone_seconds"] < found["seconds"]["one"]
     assert found["commands_through_upgrades"] > 2
     assert found["longest_wait_seconds"] > found["seconds"]["one"]
+    assert list(place.iterdir()) == []
+    assert processes_with(f"TMPDIR={place}") == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace takes root")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bench_that_is_broken_off_ends_its_machines(
+    segue: Segue, place: Path, number: signal.Signals
+) -> None:
+    bench = subprocess.Popen(
+        segue.command("bench", "net", "--qemu", f"{qemu('11.1')}:{qemu('11.1')}", "--runs", "100"),
+        env={**segue.environment, "TMPDIR": str(place)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert bench.stderr is not None
+    with bench, bench.stderr:
+        # All three guests run.
+        said: list[str] = []
+        while not said or not said[-1].startswith("1/100 segue"):
+            said.append(bench.stderr.readline())
+            assert said[-1], said
+        bench.send_signal(number)
+        bench.stderr.read()
+    assert bench.returncode == 130
     assert list(place.iterdir()) == []
     assert processes_with(f"TMPDIR={place}") == []

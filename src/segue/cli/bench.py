@@ -137,6 +137,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def end_by_sigterm() -> None:
+    """As by Ctrl-C: the machines that were started for the bench end with it."""
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 def run(arguments: Namespace) -> int:
     import asyncio
     import json
@@ -144,6 +151,7 @@ def run(arguments: Namespace) -> int:
     from segue import bench
     from segue.cli import bench_table
 
+    end_by_sigterm()
     if arguments.plot:
         bench.need_picture(arguments.plot)
     watcher = Progress()

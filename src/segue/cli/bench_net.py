@@ -55,8 +55,9 @@ def run(arguments: Namespace) -> int:
 
     from segue import bench
     from segue.bench import host, net, picture, throughput
-    from segue.cli.bench import pair
+    from segue.cli.bench import end_by_sigterm, pair
 
+    end_by_sigterm()
     if arguments.plot:
         bench.need_picture(arguments.plot)
     old, new = pair(arguments.qemu) if arguments.qemu else bench.usual_pair()
@@ -87,8 +88,9 @@ def run(arguments: Namespace) -> int:
 
 def show(result: Mapping[str, Any]) -> None:
     print(f"{result['from']} to {result['to']}, pings every 2 ms")
+    print("silence: the longest time without an answer, the median of all upgrades and the worst")
     _table(
-        ("tap", "upgrades", "silence", "longest", "lost", "of"),
+        ("tap", "upgrades", "silence", "worst", "lost", "of"),
         [
             (
                 one["way"],
@@ -115,7 +117,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    output.print_table(head, rows, right="upgrades silence longest lost of")
+    output.print_table(head, rows, right="upgrades silence worst lost of")
 
 
 def _rate(value: float) -> str:
