@@ -89,7 +89,7 @@ class Linux:
             self.go_on()
 
     def command(self, line: str) -> str:
-        return self.shell.command(line).replace("\r", "")
+        return self.shell.command(line).replace("\r", "").lstrip("\n")
 
     def cpuid(self) -> list[str]:
         """Every leaf of each processor, as the guest reads it."""
