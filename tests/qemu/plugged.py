@@ -40,8 +40,6 @@ class Guest:
         self.shell: Client = self.machine.connect(place / "console")
         self.beat: Client = self.machine.connect(place / "beat")
         self.shell.expect(rb"# ")
-        # A busy host's guest may have a prompt long before it beats.
-        self.beat.expect(rb"hb \d+ ")
         self.qmp: Qmp = self.machine.qmp()
         self.run("dmesg -n 1")
 
@@ -105,7 +103,8 @@ class Guest:
         wait_until(f"the end of {command}", over)
 
     def beats(self) -> None:
-        """None of the guest's beats was lost."""
+        """None of the guest's beats was lost. A busy host's guest may begin late."""
+        self.beat.expect(rb"hb \d+ ")
         numbers = [int(n) for n in re.findall(rb"hb (\d+) ", bytes(self.beat.data))]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
