@@ -1,11 +1,13 @@
 """A systemd of a test's own, as the first process of its namespaces, with Segue installed.
 
-It sees this host's files with a layer on top, which goes with it, and has a network, /dev and /run
-of its own; /proc/sys and /sys are read-only, so that it changes nothing of the host.
+It sees this host's files with a layer on top, which goes with it, and has a network, /dev, /run and
+a control group of its own. /proc/sys and /sys are read-only, and what would load modules or mount
+what there is once for all is masked, so that it changes nothing of the host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -19,6 +21,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 _INIT = "/lib/systemd/systemd"
 # Nothing that this host has enabled is started.
 _OWN_UNITS = "/etc/systemd"
+_MASKED = (
+    *("systemd-modules-load.service", "modprobe@.service", "systemd-sysctl.service"),
+    *("systemd-binfmt.service", "proc-sys-fs-binfmt_misc.automount"),
+    *("proc-sys-fs-binfmt_misc.mount", "sys-fs-fuse-connections.mount"),
+    *("sys-kernel-config.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount"),
+)
 
 # $1: a folder for the layer; $2: `segue`; the others are seen at their own paths.
 _SCRIPT = f"""
@@ -35,7 +43,8 @@ mount -o remount,bind,ro proc/sys
 mount -t sysfs -o ro sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 for folder in dev run tmp .{_OWN_UNITS}; do mount -t tmpfs tmpfs $folder; done
-mkdir dev/pts dev/shm dev/net
+mkdir .{_OWN_UNITS}/system dev/pts dev/shm dev/net
+for unit in {" ".join(_MASKED)}; do ln -s /dev/null .{_OWN_UNITS}/system/$unit; done
 mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts dev/pts
 ln -s pts/ptmx dev/ptmx
 for link in fd stdin stdout stderr; do ln -s /proc/self/fd dev/$link; done
@@ -71,7 +80,13 @@ class Systemd:
         seen = [str(folder) for folder in (place, CHECKOUT, cache())]
         words = ["sh", "-c", _SCRIPT, "sh", str(layer), str(segue), *seen]
         self._environment = environment
-        self._process = subprocess.Popen(["unshare", *spaces, "--fork", "--kill-child", *words])
+        # The host's own systemd has groups of the same names.
+        self._group = control_group() / f"segue-test-{os.getpid()}"
+        self._group.mkdir()
+        enter = ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self._group / "cgroup.procs")]
+        self._process = subprocess.Popen(
+            [*enter, "unshare", *spaces, "--fork", "--kill-child", *words]
+        )
         self._first = wait_until("the start of systemd", self._find)
         wait_until("systemd", lambda: self.try_to("systemctl", "show-environment") == 0)
         self.run("systemctl", "start", "basic.target")
@@ -133,3 +148,19 @@ class Systemd:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        wait_until("the end of its processes", self._remove_groups)
+
+    def _remove_groups(self) -> bool:
+        for folder, _, _ in os.walk(self._group, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        return not self._group.exists()
+
+
+def control_group() -> Path:
+    """Where this process is in the hierarchy of version 2 (cgroups(7), proc(5))."""
+    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    root = next(Path(words[4]) for words in mounts if words[words.index("-") + 1] == "cgroup2")
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next(line for line in groups if line.startswith("0::"))
+    return root / own.removeprefix("0::/")

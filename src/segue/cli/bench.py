@@ -141,6 +141,8 @@ def end_by_sigterm() -> None:
     """As by Ctrl-C: the machines that were started for the bench end with it."""
     import signal
 
+    # A script has what it starts with `&` ignore SIGINT, and asyncio cancels by that alone.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

@@ -44,8 +44,9 @@ def declare(things: Commands) -> None:
 def run(arguments: Namespace) -> int:
     from segue import bench
     from segue.bench import qmp
-    from segue.cli.bench import pair
+    from segue.cli.bench import end_by_sigterm, pair
 
+    end_by_sigterm()
     old, new = pair(arguments.qemu) if arguments.qemu else bench.usual_pair()
     with tempfile.TemporaryDirectory(prefix="segue-bench-") as name:
         os.environ["SEGUE_RUN_DIR"] = f"{name}/run"

@@ -39,7 +39,9 @@ def run(arguments: Namespace) -> int:
 
     from segue import bench
     from segue.bench.reexec import ReexecBench
+    from segue.cli.bench import end_by_sigterm
 
+    end_by_sigterm()
     qemu = bench.qemu(arguments.reexec_qemu) if arguments.reexec_qemu else bench.usual_pair()[0]
     measuring = ReexecBench(qemu, arguments.reexec_runs, _tell)
     with tempfile.TemporaryDirectory(prefix="segue-bench-") as place:
