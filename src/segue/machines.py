@@ -389,6 +389,7 @@ class MachineStatus:
     directory: MachineDirectory
     state: str
     supervisor_pid: int | None
+    supervisor_start_time: int | None
     report: Mapping[str, Any]
 
     @property
@@ -410,7 +411,7 @@ def status_of(directory: MachineDirectory) -> MachineStatus:
         state = "orphaned"
     else:
         state = "dead"
-    return MachineStatus(directory, state, pid, report)
+    return MachineStatus(directory, state, pid, start_time, report)
 
 
 def list_machines() -> list[MachineStatus]:
@@ -465,7 +466,8 @@ def wait_until_gone(machine: MachineStatus, timeout: float) -> bool:
     """Wait, at most `timeout` seconds, until the machine's supervisor has ended."""
     import select
 
-    pid, start_time = machine.directory.owner()
+    # As it was found: a supervisor removes its directory, and lives on for some milliseconds.
+    pid = machine.supervisor_pid
     if pid is None:
         return True
     try:
@@ -473,7 +475,7 @@ def wait_until_gone(machine: MachineStatus, timeout: float) -> bool:
     except ProcessLookupError:
         return True
     try:
-        if not is_alive(pid, start_time):
+        if not is_alive(pid, machine.supervisor_start_time):
             return True
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -335,6 +336,8 @@ def test_start_times_of_odd_processes(tmp_path: Path) -> None:
 def test_waiting_for_an_end(other_owner: subprocess.Popen[bytes]) -> None:
     machine = find("web")
     assert not machines.wait_until_gone(machine, timeout=0)
+    shutil.rmtree(machine.directory.path)
+    assert not machines.wait_until_gone(machine, timeout=0), "it still runs without its directory"
     other_owner.kill()
     assert machines.wait_until_gone(machine, timeout=30)
     other_owner.wait()

@@ -6,6 +6,7 @@ port, and judges what arrives there.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -101,6 +102,7 @@ def _machine(qemu: str, folder: Path) -> Iterator[Path]:
     ]
     print(f"$ segue run --name {_NAME} --detach -- {shlex.join(command)}", flush=True)
     starting: subprocess.Popen[str] | None = None
+    machine: machines.MachineStatus | None = None
     try:
         with _signals_wait():
             # A session of its own: Ctrl-C is for us alone, who then wait until there is something
@@ -120,12 +122,16 @@ def _machine(qemu: str, folder: Path) -> Iterator[Path]:
                 f"the demo's guest could not be started: {what.removeprefix('segue: ')}",
                 hint="try another QEMU: segue demo --qemu BIN",
             )
+        machine = machines.find(_NAME)
         yield serial
     finally:
         with _uninterrupted():
             if starting is not None:
                 starting.wait(_ENDING)
-                _end()
+                with contextlib.suppress(SegueError):  # it never came up, or is gone
+                    machine = machines.find(_NAME) if machine is None else machine
+                if machine is not None:
+                    _end(machine)
 
 
 @contextmanager
@@ -174,12 +180,8 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end() -> None:
+def _end(machine: machines.MachineStatus) -> None:
     """End the machine, whatever state we have left it in, and wait until it is gone."""
-    try:
-        machine = machines.find(_NAME)
-    except SegueError:
-        return
     from segue.cli import connection
 
     try:
