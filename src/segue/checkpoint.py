@@ -151,7 +151,7 @@ async def load_instance(
     """Raises as `Instance.load`."""
     inner = loader.within(f"instance{saved['instance']['number']}")
     return await Instance.load(
-        saved["instance"], inner, on_stderr=supervisor.qemu_says, timeout=timeout
+        saved["instance"], inner, on_stderr=supervisor.voice.of_qemu, timeout=timeout
     )
 
 

@@ -6,7 +6,7 @@ stdio, signals and exit status are QEMU's own.
 
 from __future__ import annotations
 
-import segue.lean  # isort: skip  (before asyncio)
+import segue.lean  # noqa: F401  # isort: skip  (before asyncio)
 
 import asyncio
 import contextlib
@@ -15,18 +15,15 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import syslog
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import segue
 from segue import checkpoint, reexec
-from segue.detach import SIGNALS, detached
+from segue.detach import SIGNALS
 from segue.entrances import Entrances
 from segue.errors import SegueError
 from segue.keeper import Keeper
@@ -39,13 +36,12 @@ from segue.kept.files import KeptFile
 from segue.kept.guard import Guard
 from segue.kept.lent import AddFd, Lent
 from segue.kept.mux import Mux
-from segue.kept.ram import GuestRam
 from segue.kept.user import AUTO
-from segue.machines import MachineDirectory, default_name
+from segue.machines import MachineDirectory
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
 from segue.qemu.commandline import CommandLine
-from segue.qemu.instance import Instance, start_time
+from segue.qemu.instance import Instance
 from segue.qemu.monitor import ENDS_BY_ITSELF, Event
 from segue.qmp.commands import error_of
 from segue.qmp.gate import Gate
@@ -53,10 +49,12 @@ from segue.qmp.log import LogFile, logger
 from segue.qmp.server import QmpServer
 from segue.saved import Loader
 from segue.service import Service
+from segue.status import description, report
 from segue.suspended import Suspended
-from segue.upgrade import resume, scout
+from segue.upgrade import resume
 from segue.upgrade.journal import Journal
 from segue.upgrade.upgrader import Upgrader
+from segue.voice import Voice
 
 # After these the guest's state may be another one.
 _STATE_EVENTS = frozenset(
@@ -65,8 +63,6 @@ _STATE_EVENTS = frozenset(
 # Of an upgrade's own doing: clients see SEGUE_UPGRADE instead.
 _OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 _HISTORY = 1000
-
-Ready = Callable[[], None]
 
 # Seconds for the answer to what has ended the machine.
 _LAST_ANSWERS = 10.0
@@ -104,6 +100,7 @@ class Supervisor:
         self.journal: Journal
         self.server: QmpServer
         self.started: mapped.Started | None = None
+        self.voice = Voice(directory, detached=detached)
         self.upgrader = Upgrader(self)
         self.keeper = Keeper(self)
         self.successor: Instance | None = None
@@ -168,7 +165,7 @@ class Supervisor:
             self._suspended.point_at_files(
                 [kept for kept in self.machine.kept if isinstance(kept, KeptFile)]
             )
-        self.open_log(stack)
+        self.voice.open_log(stack)
         self._pidfile_write()
         for kept in self.machine.kept:
             stack.callback(kept.close)
@@ -209,7 +206,7 @@ class Supervisor:
         others still have.
         """
         checkpoint.recall(self, data)
-        self.open_log(stack)
+        self.voice.open_log(stack)
         for kept in self.machine.kept:
             self._connect(kept)
         checkpoint.load_guards(self, data, loader)
@@ -233,15 +230,9 @@ class Supervisor:
         stack.callback(self.keeper.close)
         self.keeper.begin()
 
-    def open_log(self, stack: contextlib.ExitStack) -> None:
-        self._log = os.open(
-            self.directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
-        stack.callback(os.close, self._log)
-
     def _connect(self, kept: Kept) -> None:
         kept.changed = self.keeper.changed
-        kept.move_in(self.run_directory, self._say)
+        kept.move_in(self.run_directory, self.voice.say)
         if isinstance(kept, Broker):
             kept.replace_backend = partial(self._replace_backend, kept.shared)
         elif isinstance(kept, Mux):
@@ -258,28 +249,12 @@ class Supervisor:
         await self.keeper.safeguard()
 
     async def _first_lending(self) -> Lending:
-        """What a resumed machine is given is what a successor would be."""
         if self._suspended is None:
             return Lending(1, self.binary)
-        self.machine.values.recall(self._suspended.machine["values"])
-        cpu = await scout.cpu(self.machine, self.binary) if self.machine.values.cpu else {}
-        ram = [kept for kept in self.machine.kept if isinstance(kept, GuestRam)]
-        await asyncio.to_thread(self._suspended.fill, ram)
-        return Lending(self.upgrader.next_number(), self.binary, cpu)
+        return await resume.lending(self._suspended, self)
 
     def to_suspend(self) -> dict[str, Any]:
-        """What machine.json says of the machine itself (suspended.py)."""
-        return {
-            "segue": segue.__version__,
-            "name": self.directory.name,
-            "command": self.line.argv(),
-            "net_user": self.net_user,
-            "directory": os.getcwd(),
-            "binary": str(self.binary.path),
-            "qemu_version": self.binary.version_text,
-            "build_id": self.binary.build_id,
-            "values": self.machine.values.to_json(),
-        }
+        return description(self)
 
     def spawn(self, lending: Lending) -> Instance:
         """Start an instance, not yet connected."""
@@ -291,8 +266,8 @@ class Supervisor:
                 lending.number,
                 [*argv, *guard.arguments],
                 (*lending.descriptors, *guard.descriptors),
-                on_stderr=self.qemu_says,
-                stdout=None if not self.detached else self._log,
+                on_stderr=self.voice.of_qemu,
+                stdout=self.voice.stdout,
                 before_exec=guard.before_exec if guard.armed else None,
             )
         except subprocess.SubprocessError:
@@ -317,8 +292,8 @@ class Supervisor:
             argv,
             ends,
             (),
-            on_stderr=self.qemu_says,
-            stdout=None if not self.detached else self._log,
+            on_stderr=self.voice.of_qemu,
+            stdout=self.voice.stdout,
             command=command,
             environment=environment,
         )
@@ -350,9 +325,10 @@ class Supervisor:
         self._suppressed = _OUR_DOING if on else frozenset()
 
     def is_outdated(self) -> bool:
-        return self._outdated() is not None
+        return self.outdated() is not None
 
-    def _outdated(self) -> str | None:
+    def outdated(self) -> str | None:
+        """Why the QEMU that runs is not the one that is installed."""
         if self.started is None:
             return None
         return mapped.outdated(self.instance.pid, self.binary.path, self.started)
@@ -421,34 +397,7 @@ class Supervisor:
         self.directory.write_status(self.status())
 
     def status(self) -> dict[str, Any]:
-        """What `segue-query` answers and status.json holds (see machines.py)."""
-        instance = self.instance
-        outdated = self._outdated()
-        return {
-            "name": self.directory.name,
-            "state": "upgrading" if self.upgrader.busy else self.state,
-            "qemu_version": self.binary.version_text,
-            "machine_type": self.machine.values.machine_type,
-            "qemu_pid": instance.pid,
-            "qemu_start_time": instance.start_time,
-            "supervisor_pid": os.getpid(),
-            "supervisor_start_time": start_time(os.getpid()),
-            "ram_bytes": self.machine.ram_bytes,
-            "since": self.since,
-            "upgrades": self.upgrades,
-            "outdated": outdated is not None,
-            "outdated_why": outdated,
-            "binary": str(self.binary.path),
-            "started": self.started.to_json() if self.started else None,
-            "command": self.line.argv(),
-            "instance_command": instance.argv,
-            "kept": self.machine.receipts_of(instance.pid),
-            "not_kept": [note.to_json() for note in self.machine.draft.notes],
-            "blockers": [blocker.to_json() for blocker in self.machine.draft.blockers],
-            "console": str(self.directory.console) if self.machine.console() else None,
-            "log": str(self.directory.log),
-            "run_directory": str(self.directory.path),
-        }
+        return report(self)
 
     def _quit(self) -> None:
         """Ctrl-a x."""
@@ -483,20 +432,11 @@ class Supervisor:
         server.busy = self.keeper.busy()
         changes = self.machine.changes
         changes.incumbent = lambda: (self.instance.monitor, self.instance.number)
-        changes.say = self._say
+        changes.say = self.voice.say
         server.carried_out = changes.carries_out()
         stack.callback(server.close)
-        self.entrances = Entrances(self.directory, self.machine, server, self._say)
+        self.entrances = Entrances(self.directory, self.machine, server, self.voice.say)
         return server
-
-    def qemu_says(self, chunk: bytes) -> None:
-        """QEMU's stderr: into its log, and where the user would have seen it."""
-        with contextlib.suppress(OSError):
-            os.write(self._log, chunk)
-        if not self.detached:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.buffer.flush()
 
     def _instance_ended(self, instance: Instance, status: int) -> None:
         if instance is not self.instance or self.upgrader.busy:
@@ -508,18 +448,10 @@ class Supervisor:
         if self._ended.done():
             return
         if status >= 128:
-            self._say(f"QEMU (pid {self.instance.pid}) was killed by signal {status - 128}")
+            self.voice.say(f"QEMU (pid {self.instance.pid}) was killed by signal {status - 128}")
         elif status:
-            self._say(f"QEMU (pid {self.instance.pid}) ended with exit status {status}")
+            self.voice.say(f"QEMU (pid {self.instance.pid}) ended with exit status {status}")
         self._ended.set_result(status if self.exit_status is None else self.exit_status)
-
-    def _say(self, text: str) -> None:
-        text = f"{self.directory.name}: {text}"
-        if self.detached:
-            syslog.syslog(syslog.LOG_WARNING, text)
-        else:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(f"segue: {text}\n")
 
     def _signalled(self, number: int) -> None:
         """As QEMU: these end the machine, but never in the middle of an upgrade."""
@@ -548,7 +480,7 @@ class Supervisor:
     def not_replaced(self, why: SegueError) -> None:
         """Other code was to take this process's place, and did not."""
         self.server.answer_asker(error_of(why))
-        self._say(why.what)
+        self.voice.say(why.what)
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -573,56 +505,3 @@ class Supervisor:
         if machine is not None and machine.lifecycle.pidfile is not None:
             with contextlib.suppress(OSError):
                 os.unlink(machine.lifecycle.pidfile)
-
-
-def run(name: str | None, argv: list[str], *, detach: bool, net_user: str = AUTO) -> int:
-    """`segue run`: the exit status is QEMU's own. Raises SegueError for bad input."""
-    line = CommandLine.parse(argv)
-    if line.only_prints:
-        os.execvp(argv[0], argv)  # noqa: S606
-    if detach or line.daemonize:
-        return detached(partial(_supervise, name, line, detached=True, net_user=net_user))
-    return _supervise(name, line, tell_systemd, detached=False, net_user=net_user)
-
-
-def run_suspended(suspended: Suspended, name: str, to: Path | None, *, detach: bool) -> int:
-    """`segue resume`: as `run`, with the guest that lies in a directory."""
-    line = CommandLine.parse(suspended.argv)
-    os.chdir(suspended.machine["directory"])
-    more = {
-        "suspended": suspended,
-        "to": to,
-        "net_user": suspended.machine.get("net_user", AUTO),
-    }
-    if detach:
-        return detached(partial(_supervise, name, line, detached=True, **more))
-    return _supervise(name, line, tell_systemd, detached=False, **more)
-
-
-def recover(name: str, *, detach: bool) -> int:
-    """`segue recover`: a machine whose supervisor was killed is taken up; see recovery.py."""
-    from segue import recovery
-
-    def supervise(ready: Ready) -> int:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        return recovery.recover(MachineDirectory.take_over(name), ready, detached=detach)
-
-    return detached(supervise) if detach else supervise(tell_systemd)
-
-
-def tell_systemd() -> None:
-    """The machine is up, for Type=notify. Without systemd nothing happens."""
-    if "NOTIFY_SOCKET" in os.environ:
-        from segue.cpr.systemd import Notifier
-
-        Notifier.from_environment().ready()
-
-
-def _supervise(
-    name: str | None, line: CommandLine, ready: Ready, *, detached: bool, **more: Any
-) -> int:
-    # Until the loop can handle them: what is made from here on must not be left behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    directory = MachineDirectory.create(name or default_name(line.argv()))
-    supervisor = Supervisor(directory, line, detached=detached, **more)
-    return asyncio.run(supervisor.run(ready))

@@ -39,10 +39,10 @@ def supervisor(monkeypatch: pytest.MonkeyPatch) -> Ran:
         ran.append((name, argv, detach))
         return 0 if detach else 7
 
-    module = types.ModuleType("segue.supervisor")
+    module = types.ModuleType("segue.begin")
     module.__dict__["run"] = run
-    monkeypatch.setitem(sys.modules, "segue.supervisor", module)
-    monkeypatch.setattr(segue, "supervisor", module, raising=False)
+    monkeypatch.setitem(sys.modules, "segue.begin", module)
+    monkeypatch.setattr(segue, "begin", module, raising=False)
     return ran
 
 

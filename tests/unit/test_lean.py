@@ -14,7 +14,7 @@ _HEAVY = {
 
 def test_a_supervisor_loads_nothing_heavy() -> None:
     code = (
-        "import segue.cli, segue.cli.run, segue.supervisor, sys; "
+        "import segue.cli, segue.cli.run, segue.begin, sys; "
         "print(*(name for name, module in sys.modules.items() if module))"
     )
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()

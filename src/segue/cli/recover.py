@@ -32,9 +32,9 @@ def declare(commands: Commands) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from segue import supervisor
+    from segue import begin
 
-    status = supervisor.recover(arguments.name, detach=not arguments.foreground)
+    status = begin.recover(arguments.name, detach=not arguments.foreground)
     if status == 0 and not arguments.foreground:
         machine = machines.find(arguments.name)
         print(f"{machine.name}: taken up; its guest is {machine.state}")

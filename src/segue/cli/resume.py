@@ -29,7 +29,7 @@ def declare(commands: Commands) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from segue import supervisor
+    from segue import begin
     from segue.cli.upgrade import binary
     from segue.suspended import Suspended, default_directory
 
@@ -40,6 +40,6 @@ def run(arguments: Namespace) -> int:
     try:
         to = Path(binary(arguments.to)) if arguments.to else None
         name = arguments.new_name or suspended.machine["name"]
-        return supervisor.run_suspended(suspended, name, to, detach=arguments.detach)
+        return begin.run_suspended(suspended, name, to, detach=arguments.detach)
     finally:
         suspended.close()

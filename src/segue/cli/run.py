@@ -53,12 +53,10 @@ def run(arguments: Namespace) -> int:
             "which QEMU is to run, and with which arguments?",
             hint="segue run -- qemu-system-x86_64 ARGS...",
         )
-    from segue import machines, supervisor
+    from segue import begin, machines
 
     name = arguments.name or machines.default_name(arguments.words)
-    status = supervisor.run(
-        name, arguments.words, detach=arguments.detach, net_user=arguments.net_user
-    )
+    status = begin.run(name, arguments.words, detach=arguments.detach, net_user=arguments.net_user)
     if arguments.detach and status == 0 and not arguments.name:
         print(name)
     return status

@@ -34,7 +34,7 @@ def declare(commands: Commands) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from segue import supervisor
+    from segue import begin
 
     name = machines.check_name(arguments.name)
     try:
@@ -42,8 +42,8 @@ def run(arguments: Namespace) -> int:
     except NoSuchMachine:
         orphaned = False
     if orphaned:
-        return supervisor.recover(name, detach=False)
-    return supervisor.run(name, words(directory() / name), detach=False)
+        return begin.recover(name, detach=False)
+    return begin.run(name, words(directory() / name), detach=False)
 
 
 def directory() -> Path:

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segue.errors import GuestLost, NotRunning, SegueError
+from segue.kept.base import Lending
 from segue.kept.processes import kill
+from segue.kept.ram import GuestRam
 from segue.machines import is_alive
 from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
 from segue.suspended import Suspended
-from segue.upgrade import breakpoints, interrupts
+from segue.upgrade import breakpoints, interrupts, scout
 
 if TYPE_CHECKING:
     from segue.supervisor import Supervisor
@@ -41,6 +43,16 @@ _LIMIT = 120.0
 """Seconds for the device state; its size is that of firmware and video memory."""
 _ANSWER = 10.0
 _NOT_RUN = frozenset({"inmigrate", "prelaunch", "paused", "postmigrate"})
+
+
+async def lending(suspended: Suspended, supervisor: Supervisor) -> Lending:
+    """What a resumed machine is given is what a successor would be."""
+    machine = supervisor.machine
+    machine.values.recall(suspended.machine["values"])
+    cpu = await scout.cpu(machine, supervisor.binary) if machine.values.cpu else {}
+    ram = [kept for kept in machine.kept if isinstance(kept, GuestRam)]
+    await asyncio.to_thread(suspended.fill, ram)
+    return Lending(supervisor.upgrader.next_number(), supervisor.binary, cpu)
 
 
 async def load(suspended: Suspended, instance: Instance) -> None:
