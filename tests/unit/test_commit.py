@@ -14,8 +14,8 @@ import pytest
 
 from segue.errors import GuestLost, InstanceDied, MonitorClosed, TimedOut
 from segue.qemu.instance import Instance
-from segue.upgrade.handover import Handover, Surroundings
-from segue.upgrade.receipt import Receipt
+from segue.upgrade.commit import Commit
+from segue.upgrade.surroundings import Surroundings
 
 RESUME = {"event": "RESUME"}
 REPLY: dict[str, Any] = {"return": {}}
@@ -47,37 +47,32 @@ class Successor:
         return InstanceDied("QEMU ended with SIGKILL")
 
 
-class Commit:
+class Told:
+    """What `cont` was sent to."""
+
     def __init__(self, successor: Successor) -> None:
         self.successor = successor
         self.limbo: list[GuestLost] = []
         surroundings = SimpleNamespace(on_limbo=self.limbo.append)
-        self.handover = Handover(
-            incumbent=cast(Instance, None),
-            target="x86_64",
-            surroundings=cast(Surroundings, surroundings),
-            receipt=Receipt(machine="guest", started=0.0),
-            limits={"commit": 0.01},
-            successor=cast(Instance, successor),
-        )
-        successor.told = self.handover._told
+        commit = Commit(cast(Instance, successor), cast(Surroundings, surroundings), 0.01)
+        successor.told = commit.told
         self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.outcome = asyncio.ensure_future(self.handover._answer_to_cont(self.answer))
+        self.outcome = asyncio.ensure_future(commit.outcome(self.answer))
 
 
-async def in_limbo(commit: Commit) -> None:
-    while not commit.limbo:  # noqa: ASYNC110
+async def in_limbo(told: Told) -> None:
+    while not told.limbo:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
-    assert commit.successor.done[-1] == "continued"
-    assert "killed" not in commit.successor.done
+    assert told.successor.done[-1] == "continued"
+    assert "killed" not in told.successor.done
 
 
 def test_an_answer_is_an_answer() -> None:
     async def test() -> None:
-        commit = Commit(Successor())
-        commit.answer.set_result(REPLY)
-        assert await commit.outcome == REPLY
-        assert not commit.successor.done
+        told = Told(Successor())
+        told.answer.set_result(REPLY)
+        assert await told.outcome == REPLY
+        assert not told.successor.done
 
     asyncio.run(test())
 
@@ -85,23 +80,23 @@ def test_an_answer_is_an_answer() -> None:
 @pytest.mark.parametrize("ran", [False, True])
 def test_it_dies(ran: bool) -> None:
     async def test() -> None:
-        commit = Commit(Successor())
+        told = Told(Successor())
         if ran:
-            commit.successor.told.append(RESUME)
-        commit.answer.set_exception(MonitorClosed("closed"))
+            told.successor.told.append(RESUME)
+        told.answer.set_exception(MonitorClosed("closed"))
         with pytest.raises(GuestLost if ran else InstanceDied):
-            await commit.outcome
+            await told.outcome
 
     asyncio.run(test())
 
 
 def test_it_hangs_before_it_ran_the_guest() -> None:
     async def test() -> None:
-        commit = Commit(Successor())
+        told = Told(Successor())
         with pytest.raises(TimedOut):
-            await commit.outcome
-        assert commit.successor.done == ["stopped", "killed"]
-        assert not commit.limbo
+            await told.outcome
+        assert told.successor.done == ["stopped", "killed"]
+        assert not told.limbo
 
     asyncio.run(test())
 
@@ -110,21 +105,21 @@ def test_it_hangs_when_it_may_run_the_guest() -> None:
     """Nobody kills it, nobody else runs the guest; an answer that comes late counts."""
 
     async def test() -> None:
-        commit = Commit(Successor([RESUME]))
-        await in_limbo(commit)
-        commit.answer.set_result(REPLY)
-        assert await commit.outcome == REPLY
+        told = Told(Successor([RESUME]))
+        await in_limbo(told)
+        told.answer.set_result(REPLY)
+        assert await told.outcome == REPLY
 
     asyncio.run(test())
 
 
 def test_it_hangs_and_dies_when_it_ran_the_guest() -> None:
     async def test() -> None:
-        commit = Commit(Successor([RESUME]))
-        await in_limbo(commit)
-        commit.answer.set_exception(MonitorClosed("closed"))
+        told = Told(Successor([RESUME]))
+        await in_limbo(told)
+        told.answer.set_exception(MonitorClosed("closed"))
         with pytest.raises(GuestLost):
-            await commit.outcome
+            await told.outcome
 
     asyncio.run(test())
 
@@ -135,10 +130,10 @@ def test_it_cannot_be_stopped() -> None:
     async def test() -> None:
         successor = Successor()
         successor.stops = False
-        commit = Commit(successor)
-        await in_limbo(commit)
-        commit.answer.set_exception(MonitorClosed("closed"))
+        told = Told(successor)
+        await in_limbo(told)
+        told.answer.set_exception(MonitorClosed("closed"))
         with pytest.raises(InstanceDied):
-            await commit.outcome
+            await told.outcome
 
     asyncio.run(test())

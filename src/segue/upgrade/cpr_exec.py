@@ -26,6 +26,7 @@ from segue.kept.base import Lending
 from segue.qemu import migration
 from segue.qemu.instance import Instance, monitor_words
 from segue.upgrade import images, launcher
+from segue.upgrade.commit import switch
 from segue.upgrade.handover import Handover
 from segue.upgrade.phases import MOVE, PREPARE
 
@@ -257,7 +258,7 @@ class CprExec(Handover):
             await self._give_again(old)
         if self._was_running and not self._stopped_itself():
             await old.monitor.execute("cont")
-        self._switch()
+        switch(old, self.surroundings)
         await self._retire()
         self.receipt.guest = f"running on the incumbent's binary again, as process {old.pid}"
 

@@ -5,14 +5,6 @@ order. There is one commit point, the sending of `cont` to the successor (for a 
 paused, the kill of the incumbent). Every way out before it goes through `_undo`, in which the
 successor is dead and reaped before the incumbent may go on: `cont` on the incumbent beside a
 running successor destroyed the guest in 6 of 6 trials.
-
-A `cont` without an answer is undone if it is proven that the guest did not run, and only then.
-The proof is what QEMU says itself: in carrying out `cont` it sends the event RESUME, from its main
-thread and straight into the socket, *before* it sets anything of the guest going (vm_prepare_start
-in system/cpus.c, 7.2 to 11.1). So a successor that is dead or stands still, all of whose words
-have been read, and that has not said RESUME, has run nothing. That covers a command that was not
-read, one that QEMU's monitor thread read while its main loop hung (so whether it was read proves
-nothing, and is not asked), and a death or a hang in the middle of it, where images are opened.
 """
 
 from __future__ import annotations
@@ -21,16 +13,13 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from segue.errors import (
     Blocker,
-    CommandFailed,
     GuestLost,
-    InstanceDied,
     MigrationFailed,
     MonitorClosed,
     QemuError,
@@ -38,15 +27,15 @@ from segue.errors import (
     SegueError,
     TimedOut,
 )
-from segue.kept.base import Kept, Lending
 from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
 from segue.qemu.monitor import Event, Monitor
 from segue.upgrade import compare, images, interrupts, placement
-from segue.upgrade.journal import Journal
+from segue.upgrade.commit import Commit, switch, tell_limbo
 from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, UNDO, Phase
 from segue.upgrade.receipt import DONE, REHEARSED, Receipt
+from segue.upgrade.surroundings import Surroundings
 
 ON_INCUMBENT = "running on the incumbent"
 ON_SUCCESSOR = "running on the successor"
@@ -61,41 +50,6 @@ _WISHES = _ENDINGS | {
     "RESET": "the guest reset itself",
     "SUSPEND": "the guest suspended itself",
 }
-
-
-Launch = Callable[
-    [Lending, list[str], tuple[socket.socket, socket.socket], list[str], dict[str, str]], Instance
-]
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the supervisor lends to a transaction.
-
-    `directory` is for sockets between instances. `checkpoint(phase)` is awaited at the beginning
-    of each phase; tests stop there. `lend(back)` makes a lending for the target, or for the binary
-    that runs, and `argv` what it is started with; `launch` and `adopt` are the supervisor's.
-    `survey` describes what the machine has become, for `argv` and `spawn`, or raises Refused.
-    `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance,
-    events)` ends both, and says who answers them from then on, and what it told meanwhile.
-    `on_limbo` is told why, when for now nobody can know how it ends: the caller need not wait.
-    """
-
-    directory: Path
-    spawn: Callable[[], Instance]
-    lend: Callable[[bool], Lending]
-    argv: Callable[[Lending], list[str]]
-    launch: Launch
-    adopt: Callable[[Instance], None]
-    kept: Sequence[Kept]
-    journal: Journal
-    survey: Callable[[], Awaitable[None]]
-    read_only: Callable[[], Awaitable[None]]
-    closed: Callable[[], Awaitable[None]]
-    served: Callable[[Instance, Sequence[Event]], None]
-    progress: Callable[[dict[str, Any]], None]
-    checkpoint: Callable[[str], Awaitable[None]]
-    on_limbo: Callable[[GuestLost], None]
 
 
 @dataclass
@@ -121,8 +75,6 @@ class Handover:
     _late: list[dict[str, Any]] = field(default_factory=list)
     _before: migration.Settings | None = None
     _fresh: migration.Settings | None = None
-    _told: list[Event] = field(default_factory=list)
-    _serving: int | None = None
     _frozen: bool = False
     _migrating: bool = False
     _undoing: bool = False
@@ -351,25 +303,16 @@ class Handover:
         if not self._was_running:
             await self.incumbent.kill()
             self.surroundings.journal.write("release", self.incumbent, self.successor)
-            self._switch()
+            switch(self.successor, self.surroundings)
             return
         if self.successor.monitor.closed:
             raise await self.successor.death()
-        self._told.clear()
-        unlisten = self.successor.monitor.listen(self._successor_event)
-        answer = self.successor.monitor.relay({"execute": "cont"})
-        sent = time.time()
-        try:
-            reply = await self._answer_to_cont(answer)
-        finally:
-            unlisten()
-        if "error" in reply:
-            raise CommandFailed(f"cont on the successor: {reply['error']['desc']}")
+        commit = Commit(self.successor, self.surroundings, self._limit(COMMIT))
+        sent = await commit.run()
         # Before any client can stop the guest again: it has run.
         self.surroundings.journal.write("release", self.incumbent, self.successor)
-        self._switch()
-        resume = self._resume_told()
-        if resume is not None:
+        commit.switch()
+        if (resume := commit.resume_told()) is not None:
             self._measure(_seconds(resume))
             self.receipt.own_seconds = sent - max(w.reached("completed") for w in self._watches)
 
@@ -383,71 +326,6 @@ class Handover:
         if not self._was_running:
             # Nobody is going to ask whether this one runs; so it must answer now.
             await self.successor.monitor.execute("query-status")
-
-    async def _answer_to_cont(self, answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
-        """The commit point has been passed: only proof that the guest did not run goes back."""
-        successor = self.successor
-        assert successor is not None
-        try:
-            try:
-                async with asyncio.timeout(self._limit(COMMIT)):
-                    return await asyncio.shield(answer)
-            except TimeoutError:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._limit(COMMIT)):
-                        await successor.hold_still()
-                        if self._resume_told() is None and not answer.done():
-                            await successor.kill()
-                            raise TimedOut("the successor hung before it ran the guest") from None
-                successor.go_on()
-                self._tell_limbo("the successor does not answer")
-                return await answer
-        except MonitorClosed:
-            if self._resume_told() is None:
-                raise InstanceDied(
-                    f"before it ran the guest, {(await successor.death()).what}"
-                ) from None
-            raise GuestLost(
-                "the successor died after it was told to run the guest",
-                hint="see the machine's qemu.log",
-                guest="lost",
-            ) from None
-
-    def _resume_told(self) -> Event | None:
-        """What QEMU says before it runs a guest, if it has since it was told to."""
-        return next((event for event in self._told if event["event"] == "RESUME"), None)
-
-    def _tell_limbo(self, what: str) -> None:
-        self.surroundings.on_limbo(
-            GuestLost(
-                what,
-                hint="the upgrade goes on when it does; `segue history` tells how it ended",
-                guest=f"unknown: {what}",
-            )
-        )
-
-    def _successor_event(self, event: Event) -> None:
-        """The guest runs from RESUME on, so it is served at once.
-
-        QEMU answers `cont` later, by as much as the whole pause when the guest keeps it busy: in
-        that time nobody would hear the guest.
-        """
-        self._told.append(event)
-        if event["event"] == "RESUME":
-            self._serve()
-
-    def _serve(self) -> None:
-        assert self.successor is not None
-        if self._serving != self.successor.number:
-            self._serving = self.successor.number
-            for kept in self.surroundings.kept:
-                kept.switch(self.successor.number)
-
-    def _switch(self) -> None:
-        assert self.successor is not None
-        self._serve()
-        # What the running guest has already made it tell is for the clients too.
-        self.surroundings.served(self.successor, self._told)
 
     async def _give_again(self, instance: Instance) -> None:
         """In an undo, where a guest that may wait for its disk is better than one that stands."""
@@ -565,7 +443,7 @@ class Handover:
         undo = asyncio.ensure_future(self._undo())
         await asyncio.wait((undo,), timeout=self._limit(UNDO))
         if not undo.done():
-            self._tell_limbo("the incumbent does not answer")
+            tell_limbo(self.surroundings, "the incumbent does not answer")
         await undo
         seconds = round(time.monotonic() - started, 6)
         self._tell({"phase": UNDO.name, "state": "end", "seconds": seconds})

@@ -24,12 +24,13 @@ from segue.qmp.gate import Gate
 from segue.upgrade import devices, interrupts, modes
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
-from segue.upgrade.handover import Handover, Surroundings, called_off
+from segue.upgrade.handover import Handover, called_off
 from segue.upgrade.journal import Journal
 from segue.upgrade.modes import AUTO, MODES, Mode
 from segue.upgrade.phases import OPEN, PLAN
 from segue.upgrade.plan import Plan
 from segue.upgrade.receipt import CURRENT, DONE, FAILED, LOST, REFUSED, REHEARSED, Receipt, Side
+from segue.upgrade.surroundings import Surroundings
 from segue.upgrade.suspend import Suspend
 
 Progress = Callable[[dict[str, Any]], None]
