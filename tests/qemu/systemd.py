@@ -18,6 +18,9 @@ from typing import Any
 from tests.qemu.harness import LIMIT, cache, wait_until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+USER, UID = "segue-test", 64242
+"""Somebody who is not root, in it alone."""
+
 _INIT = "/lib/systemd/systemd"
 # Nothing that this host has enabled is started.
 _OWN_UNITS = "/etc/systemd"
@@ -60,6 +63,11 @@ for folder in "$@"; do
     while folder=$(dirname "$folder"); [ "$folder" != / ]; do chmod go+x ".$folder"; done
 done
 ln -s "$segue" usr/bin/segue
+echo '{USER}:x:{UID}:{UID}::/home/{USER}:/bin/sh' >>etc/passwd
+echo '{USER}:x:{UID}:' >>etc/group
+echo '{USER}:*:20000::::::' >>etc/shadow
+mkdir home/{USER}
+chown {UID}:{UID} home/{USER}
 units={CHECKOUT}/packaging/systemd
 cp $units/*.service usr/lib/systemd/system
 cp $units/user/*.service usr/lib/systemd/user
@@ -93,6 +101,12 @@ class Systemd:
         for name, value in environment.items():
             self.run("systemctl", "set-environment", f"{name}={value}")
 
+    def log_in(self) -> None:
+        """Start the user's manager, as logging in would."""
+        self.run("systemctl", "start", f"user@{UID}.service")
+        for name, value in self._environment.items():
+            self.run("systemctl", "--user", "set-environment", f"{name}={value}", user=True)
+
     def _find(self) -> int | None:
         assert self._process.poll() is None, "a systemd could not be started in namespaces"
         pid = self._process.pid
@@ -121,10 +135,14 @@ class Systemd:
     def is_ours(self, pid: int) -> bool:
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink(f"/proc/{self._first}/ns/pid")
 
-    def _enter(self, command: tuple[str, ...]) -> Any:
+    def _enter(self, command: tuple[str, ...], user: bool = False) -> Any:
         environment = {"PATH": os.environ["PATH"], **self._environment}
+        become: list[str] = []
+        if user:
+            environment |= {"HOME": f"/home/{USER}", "XDG_RUNTIME_DIR": f"/run/user/{UID}"}
+            become = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
         return subprocess.run(
-            ["nsenter", "-t", str(self._first), "-a", *command],
+            ["nsenter", "-t", str(self._first), "-a", *become, *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -136,9 +154,9 @@ class Systemd:
         status: int = self._enter(command).returncode
         return status
 
-    def run(self, *command: str) -> str:
-        """What it prints. It must succeed."""
-        done = self._enter(command)
+    def run(self, *command: str, user: bool = False) -> str:
+        """What it prints, to root or to the user. It must succeed."""
+        done = self._enter(command, user)
         if done.returncode:
             journal = self._enter(("journalctl", "--no-pager", "-n", "40")).stdout
             raise AssertionError((shlex.join(command), done.stdout, done.stderr, journal))

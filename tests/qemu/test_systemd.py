@@ -1,4 +1,4 @@
-"""A machine as a service of a real systemd: started, reloaded, killed, upgraded."""
+"""A machine as a service of a real systemd, root's or a user's, through all of its life."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from segue.guest import Witness
 from tests.qemu.conftest import tiny, unharmed
 from tests.qemu.harness import LIMIT, Client, alive, kill_between_turns, qemu, wait_until
-from tests.qemu.systemd import Systemd
+from tests.qemu.systemd import UID, USER, Systemd
 
 pytestmark = [
     pytest.mark.long,  # not every container may mount what a systemd needs
@@ -28,17 +28,25 @@ def systemd(place: Path) -> Iterator[Systemd]:
 
 
 class Unit:
-    """segue@NAME.service."""
+    """segue@NAME.service of root's, or with `user` of somebody else's."""
 
-    def __init__(self, systemd: Systemd, name: str, argv: list[str]) -> None:
+    def __init__(self, systemd: Systemd, name: str, argv: list[str], user: bool = False) -> None:
         self.systemd = systemd
         self.name = name
-        folder = systemd.root / "etc/segue/machines"
+        self.user = user
+        config = Path(f"home/{USER}/.config" if user else "etc", "segue/machines")
+        folder = systemd.root / config
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{argv[0]}\n  {shlex.join(argv[1:])}\n")
+        if user:
+            systemd.log_in()
 
     def systemctl(self, verb: str, *words: str) -> str:
-        return self.systemd.run("systemctl", verb, f"segue@{self.name}", *words)
+        whose = ["--user"] if self.user else []
+        return self.run("systemctl", *whose, verb, f"segue@{self.name}", *words)
+
+    def run(self, *command: str) -> str:
+        return self.systemd.run(*command, user=self.user)
 
     def show(self, name: str) -> str:
         return self.systemctl("show", "--value", "--property", name).strip()
@@ -60,14 +68,18 @@ class Unit:
         return found
 
 
-def test_a_machine_through_its_life(systemd: Systemd, place: Path) -> None:
-    unit = Unit(systemd, "demo", tiny(place, "7.2"))
+@pytest.mark.parametrize("user", [False, True], ids=["root", "user"])
+def test_a_machine_through_its_life(systemd: Systemd, place: Path, user: bool) -> None:
+    if user:
+        os.chown(place, UID, UID)
+    unit = Unit(systemd, "demo", tiny(place, "7.2"), user)
     unit.systemctl("start")
     assert unit.state == ("active", "running")
     console = Client.unix(place / "console")
     console.witness = Witness()
     console.wait(lambda: console.witness and console.witness.ticks > 20, "the first ticks")
     [machine] = unit.qemus()
+    assert Path(f"/proc/{machine}").stat().st_uid == (UID if user else 0)
 
     pid = unit.supervisor
     before = Path(f"/proc/{pid}/auxv").read_bytes()
@@ -83,7 +95,7 @@ def test_a_machine_through_its_life(systemd: Systemd, place: Path) -> None:
     assert unit.qemus() == [machine]
     unharmed(console)
 
-    systemd.run("segue", "upgrade", "demo", "--to", qemu("11.1"))
+    unit.run("segue", "upgrade", "demo", "--to", qemu("11.1"))
     assert not alive(machine)
     assert unit.state == ("active", "running")
     unharmed(console)
