@@ -38,7 +38,15 @@ STRINGS = [
     *(b"\\ud83d\\ude00", b"\xc3\xa9", b"\xc3", b"\xc0\x80", b"\\'", b"\\q", b"\\u0000", b"\x7f"),
     *(b"\xed\xa0\x80", b"\xef\xb7\x90", b"\\ufdd0", b"\xf0\x9f\x98\x80", b"\\u00e9\\/\\b\\\\"),
 ]
-IDS = [b"null", b"0", b"-1.5", b"1e3", b'[1,{"a":null}]', b'"a"', b"'a\"b'", b"true", b"{'a':[]}"]
+IDS = [
+    *(b"null", b"0", b"-1.5", b"1e3", b'[1,{"a":null}]', b'"a"', b"'a\"b'", b"true", b"{'a':[]}"),
+    *(b"false", b'""', b"[]", b"{}", b"-0", b"-0.0", b"0.1", b"1.5e300", b"1e-400", b"1e22"),
+    *(b"9223372036854775808", b"18446744073709551615", b"-9223372036854775808"),
+    b"[" * 500 + b"]" * 500,
+    b'{"b":[true,{"id":0}],"a":{"execute":"quit"}}',
+]
+# To QEMU they are floating point. We give them back as they came.
+LARGE_IDS = [b"18446744073709551616", b"-9223372036854775809", b"123456789012345678901234567890"]
 COMMANDS = [
     b'{"execute":1}',
     b'{"execute":null,"id":2}',
@@ -150,6 +158,12 @@ def test_same_answers_as_qemu(
             ours = alike(release, await answers(f"{tmp_path}/ours", case))
             if theirs != ours:
                 different.append((case, theirs[1:], ours[1:]))
+        for large in LARGE_IDS:
+            case = NEGOTIATE + b'{"execute":"query-name","id":%b}' % large
+            theirs = await answers(f"{tmp_path}/q.2", case)
+            ours = await answers(f"{tmp_path}/ours", case)
+            assert float(ours[2]["id"]) == theirs[2]["id"]
+            assert ours[2]["id"] == int(large)
         server.close()
         monitor.close()
         assert different == []

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from segue.qmp import client as client_module
 from segue.qmp import framing
 from segue.qmp.client import Client, Request
+from segue.qmp.server import MAX_RELAYED
 from tests.unit.qmpfakes import Peer, World, run
 
 
@@ -203,5 +204,21 @@ def test_too_many_clients(monkeypatch: pytest.MonkeyPatch) -> None:
             assert theirs.recv(1) == b""
             theirs.close()
             assert (await first.call({"execute": "stop", "id": 1}))["id"] == 1
+
+    run(test())
+
+
+def test_what_qemu_would_read_for_long_is_not_passed_on() -> None:
+    async def test() -> None:
+        async with World() as world:
+            peer = await world.client()
+            long = {"execute": "stop", "arguments": {"text": "x" * MAX_RELAYED}, "id": 1}
+            reply = await peer.call(long)
+            assert reply["id"] == 1
+            assert "more than the 262144 that are passed on" in reply["error"]["desc"]
+            assert world.instance.commands == []
+            name = "x" * MAX_RELAYED  # an id may have any length
+            assert (await peer.call({"execute": "stop", "id": name}))["id"] == name
+            assert world.instance.commands == ["stop"]
 
     run(test())

@@ -6,7 +6,7 @@ taken in, so that an out-of-band one behind them is seen and carried out at once
 
 What a client can cost at most:
 
-    input       64 MiB of one unfinished message (framing.py), then an error, and it is dropped;
+    input       4 MiB of one unfinished message (framing.py), then an error, and it is dropped;
                 READ_AHEAD bytes more while its commands are not looked at
     output      who leaves OUTPUT_PAUSE bytes unread is not served until it reads; who leaves
                 OUTPUT_LIMIT bytes unread when an event comes is dropped
@@ -71,6 +71,8 @@ class Request:
 
     parsed: Parsed
     fds: list[int]
+    size: int = 0
+    """Of the message, in bytes."""
 
     def close_fds(self) -> None:
         _close_all(self.fds)
@@ -123,7 +125,7 @@ class Client:
             self.oob = state.oob
             pending = Framer(state.pending)
             while parsed := pending.next():
-                self._queue.append(Request(parsed, []))
+                self._queue.append(Request(parsed, [], len(state.pending)))
             self._framer = Framer(state.unparsed, state.recovering)
             self._received = len(state.unparsed)
             self.send(state.unsent)
@@ -284,7 +286,7 @@ class Client:
         fds: list[int] = []
         if self._fds and message.get("execute") in _TAKES_FD:
             fds = self._take_fds(begin, self._parsed)
-        request = Request(parsed, fds)
+        request = Request(parsed, fds, self._parsed - begin)
         if self.oob and "exec-oob" in message and "execute" not in message:
             self._server.dispatch(self, request)
         else:

@@ -11,8 +11,9 @@ Two speeds. A regular expression finds the end of a message and `json` decodes i
 `json` refuses, or is laxer than QEMU, does a parser of our own (jsontext.py) say what QEMU
 would. Each byte is looked at once, however small the pieces that it comes in.
 
-Limits, per message: 64 MiB as in QEMU; 256 Ki tokens (QEMU: 2 Mi) and 512 levels of nesting
-(QEMU: 1024), both for the sake of those who wait for the one thread meanwhile.
+Limits, per message: 4 MiB (QEMU: 64 MiB), 256 Ki tokens (QEMU: 2 Mi) and 512 levels of nesting
+(QEMU: 1024), for the sake of those who wait for the one thread meanwhile: it took 1.6 s to answer
+a message of 60 MB, and 230 MiB.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from typing import Any, NamedTuple
 
 from segue.qmp.jsontext import NUMBER, JsonError, decode
 
-MAX_MESSAGE = 64 << 20
+MAX_MESSAGE = 4 << 20
 MAX_TOKENS = 256 << 10
 MAX_NESTING = 512
 # Numbers and keywords that are still growing are looked at anew with each read.
 _MAX_WORD = 64 << 10
-# Stray text is quoted in the error, but not 64 MiB of it.
+# Stray text is quoted in the error, but not all of it.
 _MAX_QUOTED = 1000
 
 # Repeated groups are not possessive, though they could be: until Python 3.11.5 such a group keeps
 # what an iteration that failed in its middle had taken. Here they never go back anyway.
 _DOUBLE = rb"(?:[\x20\x21\x23-\x5b\x5d-\xfd]++|\\[\x20-\xfd])*"
 _SINGLE = rb"(?:[\x20-\x26\x28-\x5b\x5d-\xfd]++|\\[\x20-\xfd])*"
-# What needs no second look inside brackets. A word counts only where its end is in sight.
+# What needs no second look inside brackets. A word counts only where its end is in sight. Of
+# a few thousand at once: `re` takes hundreds of bytes for each.
 _PLAIN = re.compile(
-    rb'(?:[ \t\r\n,:]++|"%b"|(?:[a-z]++|%b)(?=[ \t\r\n,:{}\[\]]))*' % (_DOUBLE, NUMBER)
+    rb'(?:[ \t\r\n,:]++|"%b"|(?:[a-z]++|%b)(?=[ \t\r\n,:{}\[\]])){0,2000}' % (_DOUBLE, NUMBER)
 )
 _STRING_REST = {ord('"'): re.compile(_DOUBLE), ord("'"): re.compile(_SINGLE)}
 _SPACE = re.compile(rb"[ \t\r\n]*+")
@@ -128,7 +130,8 @@ class Framer:
                 if not self._inside():
                     return self._complete()
             if self._inside():
-                self._at = self._match(_PLAIN, self._at)
+                while (end := self._match(_PLAIN, self._at)) > self._at:
+                    self._at = end
             else:
                 self._drop(self._match(_SPACE, 0))
                 self._at = 0

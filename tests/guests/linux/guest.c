@@ -8,6 +8,8 @@
  *     guest dirty DEVICE MIB             writes that reach the host, and no flush
  *     guest cache FILE MIB               writes that stay in the guest's page cache
  *     guest churn MIB                    rewrites that much memory for ever, and verifies it
+ *     guest cdrom DEVICE                 whether its tray is open, or what is in it
+ *     guest eject DEVICE                 opens its tray, as eject(1) does
  *
  * README.md beside this file has the format of each line.
  *
@@ -26,6 +28,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
+#include <linux/cdrom.h>
 #include <linux/fs.h>
 #include <poll.h>
 #include <sched.h>
@@ -430,12 +434,36 @@ static void churn(char **argument)
     }
 }
 
+static int cdrom_ioctl(const char *device, unsigned long request, int argument)
+{
+    int fd = open(device, O_RDONLY | O_NONBLOCK);
+    if (fd < 0)
+        die(device);
+    int result = ioctl(fd, request, argument);
+    if (result < 0)
+        die(device);
+    close(fd);
+    return result;
+}
+
+static void cdrom(char **argument)
+{
+    static const char *const states[] = { "unknown", "empty", "open", "not ready", "loaded" };
+    printf("cdrom %s\n", states[cdrom_ioctl(argument[0], CDROM_DRIVE_STATUS, CDSL_CURRENT)]);
+}
+
+static void eject(char **argument)
+{
+    cdrom_ioctl(argument[0], CDROM_LOCKDOOR, 0);
+    cdrom_ioctl(argument[0], CDROMEJECT, 0);
+}
+
 int main(int argc, char **argv)
 {
     static const struct { const char *name; int arguments; void (*run)(char **); } commands[] = {
         { "heartbeat", 1, heartbeat }, { "disk", 3, disk },   { "stream", 3, stream },
         { "cpuid", 0, cpuid },         { "dirty", 2, dirty }, { "cache", 2, cache },
-        { "churn", 1, churn },
+        { "churn", 1, churn },         { "cdrom", 1, cdrom }, { "eject", 1, eject },
     };
     for (size_t i = 0; argc > 1 && i < sizeof commands / sizeof *commands; i++)
         if (!strcmp(argv[1], commands[i].name) && argc - 2 == commands[i].arguments) {
