@@ -21,6 +21,7 @@ script see the same distinctions.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -133,3 +134,19 @@ class MigrationFailed(QemuError):
 
 class MonitorClosed(QemuError):
     pass
+
+
+def advice(error: OSError) -> str | None:
+    """A hint for who named a file or an address that the system would not give."""
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            return (
+                "name one that is yours to use, or run it as a user who has the right to that one"
+            )
+        case errno.EADDRINUSE:
+            return "another program listens there: end it, or choose another address"
+        case errno.ENOENT | errno.ENOTDIR:
+            return "is the folder there?"
+        case errno.EADDRNOTAVAIL:
+            return "is that an address of this host?"
+    return None

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segue.errors import NoSuchMachine, NotRunning, Refused, SegueError, UsageError
+from segue.errors import NoSuchMachine, NotRunning, Refused, SegueError, UsageError, advice
 
 NAME_LIMIT = 64
 # sun_path holds 108 bytes, of which QEMU and Python want one for the final NUL.
@@ -415,15 +415,23 @@ def status_of(directory: MachineDirectory) -> MachineStatus:
 
 
 def list_machines() -> list[MachineStatus]:
-    """Every machine of this user, by name; asks no process anything."""
+    """Every machine of this user, by name; asks no process anything.
+
+    Those of others are left out, where a run directory is shared.
+    """
     root = run_root()
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        names = sorted(entry.name for entry in os.scandir(root) if _is_ours(entry.path))
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise SegueError(f"cannot read {root}: {error.strerror}") from error
+        raise SegueError(f"cannot read {root}: {error.strerror}", advice(error)) from error
     return [status_of(MachineDirectory(root / name)) for name in names if _NAME.fullmatch(name)]
+
+
+def _is_ours(path: os.PathLike[str] | str) -> bool:
+    """Whether it is a directory that we may look into; root may everywhere."""
+    return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
 
 def find(name: str) -> MachineStatus:
@@ -451,6 +459,11 @@ def find_any(name: str) -> MachineStatus:
     """The machine of that name, dead or alive. Raises NoSuchMachine."""
     directory = MachineDirectory(run_root() / check_name(name))
     if directory.path.is_dir():
+        if not _is_ours(directory.path):
+            raise SegueError(
+                f"machine {name} is not yours: {directory.path}: Permission denied",
+                hint="machines belong to the user who started them; try as that user",
+            )
         return status_of(directory)
     from difflib import get_close_matches  # 5 ms that only a typing error has to pay
 

@@ -25,7 +25,7 @@ from typing import Any
 from segue import checkpoint, reexec
 from segue.detach import SIGNALS
 from segue.entrances import Entrances
-from segue.errors import SegueError
+from segue.errors import InstanceDied, SegueError, advice
 from segue.keeper import Keeper
 from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
@@ -66,6 +66,7 @@ _HISTORY = 1000
 
 # Seconds for the answer to what has ended the machine.
 _LAST_ANSWERS = 10.0
+_WITHOUT_US = "QEMU itself says so; does it start from the same command line without Segue?"
 # Seconds for QEMU to say how its guest is, before that is "unresponsive".
 _HANGS = 2.0
 
@@ -126,6 +127,12 @@ class Supervisor:
                     await self._start(stack)
                 except asyncio.CancelledError:
                     return self.exit_status or 1
+                except InstanceDied as died:
+                    if self._suspended is not None:
+                        raise
+                    if self.detached or not self._ended.done():
+                        raise InstanceDied(died.what, hint=_WITHOUT_US) from None
+                    return self._ended.result()  # its own words, and ours, were seen already
                 self._starting = None
                 ready()
                 return await self._live()
@@ -498,7 +505,8 @@ class Supervisor:
         try:
             Path(path).write_text(f"{os.getpid()}\n")
         except OSError as error:
-            raise SegueError(f"cannot create PID file '{path}': {error.strerror}") from None
+            what = f"cannot create PID file '{path}': {error.strerror}"
+            raise SegueError(what, advice(error)) from None
 
     def _pidfile_remove(self) -> None:
         machine = getattr(self, "machine", None)

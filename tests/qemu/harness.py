@@ -219,7 +219,7 @@ class Segue:
     ) -> Machine:
         """`segue run` in the foreground, with `options`; returns once its QEMU runs."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "segue", "run", "--name", name, *options, "--", *argv],
+            self.command("run", "--name", name, *options, "--", *argv),
             env=self.environment,
             stdin=stdin,
             stdout=stdout,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from segue import machines
 from segue.cli import output
-from segue.errors import Refused
+from segue.errors import CommandFailed, Refused, SegueError
 
 if TYPE_CHECKING:
     from segue.cli.parser import Commands
@@ -44,7 +44,12 @@ def run(arguments: Namespace) -> int:
     if arguments.mode:
         request["mode"] = arguments.mode
     machine = machines.find(arguments.name)
-    plan = connection.ask(machine, "segue-check", request, timeout=_PROBE_TIMEOUT)
+    try:
+        plan = connection.ask(machine, "segue-check", request, timeout=_PROBE_TIMEOUT)
+    except SegueError as error:
+        if not isinstance(error.__cause__, CommandFailed):
+            raise
+        raise Refused(error.what, error.hint, error.guest) from None  # what upgrade would say
     if arguments.json:
         output.print_json(plan)
     else:

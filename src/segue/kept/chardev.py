@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from segue.errors import SegueError
+from segue.errors import SegueError, advice
 from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.endpoints import Endpoint, Pipe, Say, Udp
@@ -139,7 +139,8 @@ class KeptOutput(Kept):
         try:
             self.fd = os.open(self._path, flags | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise SegueError(f"Could not open '{self._path}': {error.strerror}") from None
+            what = f"Could not open '{self._path}': {error.strerror}"
+            raise SegueError(what, advice(error)) from None
 
     def save(self, saver: Saver) -> dict[str, Any]:
         saver.fd("file", self.fd, lent=True)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from segue.errors import SegueError
+from segue.errors import SegueError, advice
 from segue.kept.channel import Channel, DatagramChannel, Descriptor, DescriptorChannel
 from segue.qemu.options import Params
 from segue.saved import Loader, Saver
@@ -125,7 +125,8 @@ class Udp(Endpoint):
             try:
                 sock.bind(local[4])
             except OSError as error:
-                raise SegueError(f"Failed to bind socket: {error.strerror}") from None
+                what = f"Failed to bind socket: {error.strerror}"
+                raise SegueError(what, advice(error)) from None
             try:
                 sock.connect(peer[4])
             except OSError as error:

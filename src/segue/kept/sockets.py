@@ -10,7 +10,7 @@ import socket
 import stat
 from typing import Any
 
-from segue.errors import SegueError
+from segue.errors import SegueError, advice
 from segue.kept.channel import Channel, SocketChannel, socket_cookie
 from segue.kept.endpoints import Endpoint, Say, address_family, resolve
 from segue.kept.telnet import TelnetChannel
@@ -177,7 +177,7 @@ class Server(_SocketEndpoint):
         except OSError as error:
             sock.close()
             raise SegueError(
-                f"Failed to bind socket to {_printable(address)}: {error.strerror}"
+                f"Failed to bind socket to {_printable(address)}: {error.strerror}", advice(error)
             ) from None
         if path is not None:
             self._made = (path, os.stat(path).st_ino)
@@ -309,7 +309,8 @@ def _bind(
         except OSError as error:
             sock.close()
             if error.errno != errno.EADDRINUSE:
-                raise SegueError(f"Failed to bind socket: {error.strerror}") from None
+                what = f"Failed to bind socket: {error.strerror}"
+                raise SegueError(what, advice(error)) from None
         else:
             return sock
     raise SegueError(

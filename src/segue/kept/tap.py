@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import shlex
@@ -53,6 +54,10 @@ _SCRIPT, _DOWN_SCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
 _BRIDGE = "br0"
 _HELPER = "qemu-bridge-helper"
 _HELPER_FOLDERS = ("../lib/qemu", "../libexec")
+_NO_RIGHTS = (
+    "making an interface takes root; one that root has made for you is enough: "
+    "ip tuntap add dev NAME mode tap user YOU, then ifname=NAME,script=no,downscript=no"
+)
 
 # What says where the queues come from; our descriptors replace all of it.
 _ORIGIN = ("ifname", "script", "downscript", "br", "helper", "vnet_hdr", "queues", "fd", "fds")
@@ -175,7 +180,7 @@ class Tap(Kept):
             self._in_force = self._as_found()
             self._set_aside()
         except OSError as error:
-            raise SegueError(f"{self._option}: {error.strerror}") from None
+            raise SegueError(f"{self._option}: {error.strerror}", _hint(error)) from None
 
     # -- another process --------------------------------------------------------------------
 
@@ -250,7 +255,7 @@ class Tap(Kept):
                 self.queues.append(fd)
         except OSError as error:
             raise SegueError(
-                f"could not configure {tun.DEVICE} ({name}): {error.strerror}"
+                f"could not configure {tun.DEVICE} ({name}): {error.strerror}", _hint(error)
             ) from None
         self.interface = name
         script = params.get("script", _SCRIPT)
@@ -599,3 +604,7 @@ def _default_helper(program: str) -> str:
         if (place / _HELPER).exists():
             return str((place / _HELPER).resolve())
     return str(Path("/usr/lib/qemu") / _HELPER)
+
+
+def _hint(error: OSError) -> str | None:
+    return _NO_RIGHTS if error.errno in (errno.EPERM, errno.EACCES) else None

@@ -137,8 +137,17 @@ def find(name: str | Path) -> Path:
             )
         text = found
     path = Path(os.path.abspath(text))
-    if not path.exists():
-        raise Refused(f"{path} does not exist", hint="give the path of a QEMU system emulator")
+    try:
+        path.stat()
+    except PermissionError:
+        raise Refused(
+            f"{path} cannot be reached: you may not look into a folder on the way there",
+            hint="give the path of a QEMU that its user may execute",
+        ) from None
+    except OSError:
+        raise Refused(
+            f"{path} does not exist", hint="give the path of a QEMU system emulator"
+        ) from None
     if not path.is_file():
         raise Refused(f"{path} is not a file", hint="give the path of a QEMU system emulator")
     if not os.access(path, os.X_OK):

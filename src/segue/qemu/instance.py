@@ -322,7 +322,8 @@ class Instance:
         status = await self.wait()
         how = f"exit status {status}" if status < 128 else signal.Signals(status - 128).name
         said = f": {self.last_words[-1]}" if self.last_words else ""
-        return InstanceDied(f"QEMU (pid {self.pid}) ended with {how}{said}")
+        what = f"QEMU (pid {self.pid}) ended with {how}{said}"
+        return InstanceDied(what, hint="all that it said is in the machine's qemu.log")
 
     def signal(self, number: int) -> None:
         """Send a signal; a process that has ended is left alone, whoever has its pid now."""

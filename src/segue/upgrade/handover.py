@@ -19,6 +19,7 @@ from typing import Any
 
 from segue.errors import (
     Blocker,
+    CommandFailed,
     GuestLost,
     MigrationFailed,
     MonitorClosed,
@@ -81,6 +82,7 @@ class Handover:
     _went_round: asyncio.Task[None] | None = None
     _watches: list[MigrationWatch] = field(default_factory=list)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _not_resumed: CommandFailed | None = None
 
     async def run(self) -> Receipt:
         """Carry it out; the receipt tells how it ended. Raises nothing on purpose."""
@@ -98,6 +100,8 @@ class Handover:
             if self.rehearse:
                 await self._go_back()
                 self.receipt.result = REHEARSED
+                if self._not_resumed is not None:
+                    self.receipt.failed(self._undone_but("the rehearsal", self._not_resumed))
             else:
                 await self._enter(COMMIT, self._commit)
         except BaseException as error:
@@ -430,10 +434,19 @@ class Handover:
             await self._go_back()
         except SegueError as worse:
             told = worse
+        if self._not_resumed is not None:
+            told = self._undone_but(f"{told.what}; the upgrade", self._not_resumed)
         if isinstance(told, MigrationFailed) and self.successor is not None:
             said = [line.partition(": ")[2] or line for line in self.successor.last_words]
             told = MigrationFailed("; ".join([told.what, *said[-2:]]), told.hint)
         self.receipt.failed(told)
+
+    def _undone_but(self, what: str, why: SegueError) -> SegueError:
+        return SegueError(
+            f"{what} was undone, but QEMU does not let the guest go on: {why.what}",
+            hint=f"mend what it names, then: segue qmp {self.receipt.machine} cont",
+            guest=_PAUSED,
+        )
 
     async def _go_back(self) -> None:
         """Undo. Whoever waits is told if that takes long: an incumbent that hangs, for one."""
@@ -472,9 +485,16 @@ class Handover:
             if self.loses_interrupts and self._stop() is not None:
                 await self._give_again(self.incumbent)
             if self._was_running and not self._stopped_itself():
-                await monitor.execute("cont")
+                try:
+                    await monitor.execute("cont")
+                except CommandFailed as error:
+                    # An image that it may not open any more. All else is put back all the same.
+                    self._not_resumed = error
             elif self._migrating and not self._was_running:
-                await images.activate(monitor, self.surroundings.directory)
+                try:
+                    await images.activate(monitor, self.surroundings.directory)
+                except CommandFailed as error:
+                    self.receipt.warnings.append(f"its images were not taken back: {error.what}")
             if self._before is not None:
                 await migration.restore(monitor, self._before)
         except MonitorClosed:

@@ -11,7 +11,7 @@ from segue.kept.description import Description
 from segue.kept.draft import Note
 from segue.qemu.binary import Binary, missing_devices, probe
 from segue.qemu.instance import Instance
-from segue.upgrade import devices, interrupts, modes, scout
+from segue.upgrade import access, devices, interrupts, modes, scout
 from segue.upgrade.modes import MODES, Facts, Mode
 
 OLDEST = (7, 2, 0)
@@ -153,6 +153,9 @@ async def incumbent_blockers(incumbent: Instance, *, cpr: bool = False) -> list[
         if cpr:
             await monitor.execute("migrate-set-parameters", {"mode": "normal"})
     return [
-        Blocker("QEMU", reason, "remove what it names")
-        for reason in answer.get("blocked-reasons", [])
+        *(
+            Blocker("QEMU", reason, "remove what it names")
+            for reason in answer.get("blocked-reasons", [])
+        ),
+        *await access.blockers(incumbent),
     ]
