@@ -332,7 +332,7 @@ class Recovery:
         if self.journal.get("running", True) and status in _STOPPED_BY_US:
             if await interrupts.can_be_lost(live, supervisor.binary):
                 with contextlib.suppress(QemuError):
-                    await interrupts.give_again(live, self.directory.path)
+                    await interrupts.give_again(live)
             await live.monitor.execute("cont")
         await _usual_settings(live)
         successor = self._saved(self.journal.get("successor"))

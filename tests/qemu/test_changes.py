@@ -125,15 +125,52 @@ def test_a_port_that_leads_elsewhere(segue: Segue, place: Path) -> None:
         assert (place / "first").read_bytes() == b"one\r\n"
 
 
-def test_memory_after_qemu_gave_up_its_root(segue: Segue, place: Path) -> None:
-    """It cannot be shared then, so the upgrade is refused by name; without it, it is done."""
-    root = place / "root"
-    root.mkdir()
-    with Guest(segue, place, "7.2", "-chroot", str(root)) as guest:
-        do = guest.qmp.command
-        do("object-add", {"qom-type": "memory-backend-ram", "id": "late", "size": 128 << 20})
-        why = guest.refused("7.2")
-        assert any("'late'" in each and "/proc" in each for each in why), why
-        do("object-del", {"id": "late"})
-        guest.machine.handed_over("--to", qemu("7.2"), "--force")
-        assert guest.run("echo ali''ve") == "alive"
+def test_a_watchdog_does_what_was_set_on_another_qemu(segue: Segue, place: Path) -> None:
+    """It is armed all the while; each time it fires on a QEMU that followed."""
+    with Guest(segue, place, "7.2", "-device", "i6300esb,id=dog", full=True) as guest:
+        do, events = guest.qmp.command, guest.qmp.events
+
+        def fired(action: str) -> bool:
+            told = [e["data"]["action"] for e in events if e["event"] == "WATCHDOG"]
+            return told[-1:] == [action]
+
+        def arm() -> None:
+            guest.until("test -c /dev/watchdog")
+            # Having fired it is off, of which the guest's kernel knows nothing: off and on.
+            guest.run("killall watchdog")
+            guest.until("! pidof watchdog")
+            guest.run("watchdog -T 600 -t 1 /dev/watchdog")
+
+        def starve() -> None:
+            guest.run("killall -9 watchdog")
+            guest.until("! pidof watchdog")
+            guest.shell.send(b"watchdog -T 1 -t 9999 /dev/watchdog\n")
+
+        arm()
+        do("set-action", {"watchdog": "pause"})
+        guest.upgrade("10.0")
+        starve()
+        wait_until("the pause", lambda: do("query-status")["status"] == "watchdog")
+        assert fired("pause")
+        receipt = guest.machine.upgrade("--to", qemu("11.1"), status=5)
+        assert "state is watchdog" in receipt["error"]["what"]
+        assert "`cont`" in receipt["error"]["hint"]
+        do("cont")
+        arm()
+        assert guest.hmp("watchdog_action none") == ""
+        guest.upgrade("11.1")
+        starve()
+        wait_until("its firing", lambda: fired("none"))
+        arm()
+        do("watchdog-set-action", {"action": "reset"})
+        guest.upgrade("7.2")
+        booted = guest.shell.data.count(b"BusyBox v")
+        starve()
+        wait_until("the reboot", lambda: guest.shell.data.count(b"BusyBox v") > booted)
+        assert fired("reset")
+        arm()
+        do("set-action", {"watchdog": "poweroff"})
+        guest.upgrade("10.0")
+        starve()
+        assert guest.machine.wait() == 0
+        assert fired("poweroff")

@@ -11,6 +11,7 @@ from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.changes.survey import Changes
 from segue.kept.characters import CharactersRule
+from segue.kept.confined import ConfinedRule
 from segue.kept.display import DisplayRule
 from segue.kept.draft import Draft, Rule, apply
 from segue.kept.files import FilesRule
@@ -127,6 +128,7 @@ def describe(
     characters = CharactersRule()
     rules: list[Rule] = [
         UnkeepableRule(),
+        ConfinedRule(),
         LentRule(),
         FilesRule(),
         RamRule(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 from segue.errors import Blocker
-from segue.kept import pagecache
+from segue.kept import confined, pagecache
 from segue.kept.base import Kept, Lending, Part
 from segue.qemu.binary import Binary
 from segue.qemu.commandline import CommandLine, Option
@@ -121,10 +121,13 @@ class Draft:
     def argv(self, lending: Lending, items: Iterable[Option | Part] | None = None) -> list[str]:
         """What one instance is started with, the program first; `items` in place of our own."""
         words = [str(lending.target.path)]
+        alone = confined.is_confined(self.command_line)
         for item in self.items if items is None else items:
-            words += (
-                item.arguments(lending) if isinstance(item, Part) else pagecache.kept(item).argv()
-            )
+            if isinstance(item, Part):
+                words += item.arguments(lending)
+            else:
+                option = confined.opened_once(item) if alone else item
+                words += pagecache.kept(option).argv()
         return words
 
 

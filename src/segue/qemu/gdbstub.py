@@ -9,39 +9,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections.abc import AsyncIterator, Iterable
-from pathlib import Path
 
 from segue.errors import QemuError
 from segue.qemu.monitor import Monitor
 
 _LIMIT = 5.0
+_NAME = "segue-gdb"
+_REFUSED = "Could not open gdbserver"
 
 
 @contextlib.asynccontextmanager
-async def attached(monitor: Monitor, path: Path) -> AsyncIterator[GdbStub]:
-    """A connection to the stub, at a socket `path` for as long as it lasts; it pauses the guest.
+async def attached(monitor: Monitor) -> AsyncIterator[GdbStub]:
+    """A connection to the stub, over a descriptor: a path may mean something else to QEMU, or
+    nothing (chroot=). It pauses the guest.
 
     Raises QemuError if QEMU does not let us.
     """
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    address = {"type": "fd", "data": {"str": _NAME}}
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
     try:
-        async with asyncio.timeout(_LIMIT):
-            said = await monitor.hmp(f"gdbserver unix:{path},server=on,wait=off")
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.setblocking(False)
-                sock.connect(str(path))
-                yield GdbStub(sock)
-            finally:
-                sock.close()
-                await monitor.hmp("gdbserver none")
+        with ours, theirs:
+            async with asyncio.timeout(_LIMIT):
+                _, _, said = await asyncio.gather(
+                    monitor.execute("getfd", {"fdname": _NAME}, fds=[theirs.fileno()]),
+                    monitor.execute("chardev-add", {"id": _NAME, "backend": backend}),
+                    monitor.hmp(f"gdbserver chardev:{_NAME}"),
+                )
+                if _REFUSED in said:
+                    await monitor.execute("chardev-remove", {"id": _NAME})
+                    raise QemuError(f"QEMU's gdb stub: {said.strip()}")
+                try:
+                    yield GdbStub(ours)
+                finally:
+                    # The character device goes with it.
+                    await monitor.hmp("gdbserver none")
     except (OSError, TimeoutError) as error:
-        raise QemuError(f"QEMU's gdb stub: {said.strip() or error!r}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        raise QemuError(f"QEMU's gdb stub: {error!r}") from None
 
 
 class GdbStub:

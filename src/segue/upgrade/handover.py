@@ -41,6 +41,10 @@ from segue.upgrade.surroundings import Surroundings
 ON_INCUMBENT = "running on the incumbent"
 ON_SUCCESSOR = "running on the successor"
 _PAUSED = "paused on the incumbent"
+_GO_ON = "`cont` it first (and `stop` it again, if it is to be paused)"
+_START_ANEW = "`system_reset` and `cont`, or start it again"
+# States of a guest that QEMU paused, and that can go on.
+_CAN_GO_ON = ("watchdog", "io-error", "debug")
 
 # What a guest does that changes what is to be handed over; the first two end it.
 _ENDINGS = {
@@ -173,13 +177,13 @@ class Handover:
         if status == "postmigrate":
             raise Refused(
                 "an upgrade of this paused guest was undone: QEMU does not move it again as it is",
-                hint="`cont` it first (and `stop` it again, if it is to be paused)",
+                hint=_GO_ON,
                 guest=_PAUSED,
             )
         if status not in ("running", "paused", "prelaunch"):
             raise Refused(
                 f"the guest's state is {status}: only a running or paused guest can be handed over",
-                hint="`system_reset` and `cont`, or start it again",
+                hint=_GO_ON if status in _CAN_GO_ON else _START_ANEW,
                 guest=f"not running ({status}), on the incumbent",
             )
         if not self._was_running:
@@ -326,7 +330,7 @@ class Handover:
         for kept in self.surroundings.kept:
             kept.pass_on(self.successor.number)
         if self.loses_interrupts:
-            await interrupts.give_again(self.successor, self.surroundings.directory)
+            await interrupts.give_again(self.successor)
         if not self._was_running:
             # Nobody is going to ask whether this one runs; so it must answer now.
             await self.successor.monitor.execute("query-status")
@@ -334,7 +338,7 @@ class Handover:
     async def _give_again(self, instance: Instance) -> None:
         """In an undo, where a guest that may wait for its disk is better than one that stands."""
         try:
-            await interrupts.give_again(instance, self.surroundings.directory)
+            await interrupts.give_again(instance)
         except QemuError as error:
             self.receipt.warnings.append(f"interrupts of disks in iothreads: {error.what}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,16 +97,33 @@ async def activate(monitor: Monitor, directory: Path) -> None:
     finally:
         if started:
             await monitor.execute("nbd-server-stop")
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 async def _nbd_server(monitor: Monitor, path: Path) -> bool:
-    """Whether one had to be started; a client may have one already."""
-    address = {"type": "unix", "data": {"path": str(path)}}
-    try:
-        await monitor.execute("nbd-server-start", {"addr": address})
-    except CommandFailed as error:
-        if "already running" not in error.what:
-            raise
-        return False
+    """Whether one had to be started; a client may have one already.
+
+    QEMU may have given up the root or the user to whom this path means something (chroot=).
+    """
+    name = "segue-nbd"
+    _remove(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        await monitor.execute("getfd", {"fdname": name}, fds=[sock.fileno()])
+        try:
+            address = {"type": "fd", "data": {"str": name}}
+            await monitor.execute("nbd-server-start", {"addr": address})
+        except CommandFailed as error:
+            _remove(path)
+            with contextlib.suppress(CommandFailed):
+                await monitor.execute("closefd", {"fdname": name})
+            if "already running" not in error.what:
+                raise
+            return False
     return True
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()

@@ -17,7 +17,6 @@ import asyncio
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from segue.errors import Blocker
@@ -67,18 +66,15 @@ async def can_be_lost(instance: Instance, running: Binary) -> bool:
     return running.deferred_irqfd and await _has_iothreads(instance.monitor)
 
 
-async def give_again(instance: Instance, directory: Path) -> None:
-    """Every interrupt of every disk, to a guest that is paused and stays so. Raises QemuError.
-
-    `directory` is for a socket.
-    """
+async def give_again(instance: Instance) -> None:
+    """Every interrupt of every disk, to a guest that is paused and stays so. Raises QemuError."""
     writes = [
         (address, data.to_bytes(4, "little"))
         for table in await _tables(instance.monitor)
         for address, data in table
     ]
     if writes:
-        async with gdbstub.attached(instance.monitor, directory / "gdb.sock") as stub:
+        async with gdbstub.attached(instance.monitor) as stub:
             await stub.write_physical(writes)
 
 

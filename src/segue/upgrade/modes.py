@@ -15,7 +15,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from segue.errors import Blocker
+from segue.kept import confined
 from segue.qemu.binary import Binary
+from segue.qemu.commandline import CommandLine
 from segue.upgrade.cpr_exec import CprExec
 from segue.upgrade.cpr_transfer import CprTransfer, incoming
 from segue.upgrade.handover import Handover
@@ -120,6 +122,14 @@ def _cpr(name: str, since: tuple[int, int, int], facts: Facts) -> list[Blocker]:
                 mode,
                 "the running QEMU was not started with aux-ram-share=on",
                 "hand over once (--mode handover), which starts it so",
+            )
+        )
+    if confined.is_confined(CommandLine.parse(facts.argv)):
+        blockers.append(
+            Blocker(
+                mode,
+                "after chroot= or user= QEMU can neither reach sockets by name nor be built anew",
+                "use --mode handover",
             )
         )
     return blockers + _vfio(facts)

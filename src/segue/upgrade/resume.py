@@ -129,7 +129,7 @@ async def go_on(suspended: Suspended, host: Supervisor) -> None:
     try:
         if suspended.machine["running"]:
             if suspended.machine["loses_interrupts"]:
-                await interrupts.give_again(instance, host.run_directory)
+                await interrupts.give_again(instance)
             _mark(suspended, instance, may_run=True)
             breakpoints.die_at("may-run")
             await instance.monitor.execute("cont")

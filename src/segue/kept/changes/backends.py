@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segue.errors import Blocker, CommandFailed
-from segue.kept import usernet
+from segue.kept import confined, usernet
 from segue.kept.base import Kept, Part
 from segue.kept.changes import carried
 from segue.kept.changes.record import Record
@@ -112,6 +112,7 @@ async def survey(
         for id, why in record.private.items()
         if id in there.objects
     ]
+    found.blockers += _opened_inside(there, record, draft)
     new = [id for id in record.objects if id in there.objects]
     new += [i for i in there.objects if i not in new and i not in before["objects"]]
     for id in new:
@@ -130,6 +131,22 @@ async def survey(
         elif id not in before["chardevs"]:
             found.blockers.append(Blocker(f"chardev '{id}'", _UNSAID, _BY_QMP))
     return found
+
+
+def _opened_inside(there: There, record: Record, draft: Draft) -> list[Blocker]:
+    if not confined.has_own_root(draft.command_line):
+        return []
+    found = [
+        f"object '{id}'"
+        for id, arguments in record.objects.items()
+        if id in there.objects and id not in record.private and confined.names(arguments)
+    ]
+    for id, arguments in record.chardevs.items():
+        made = carried.chardev(arguments)
+        said = dict(made.params.items()) if made is not None and made.backend == "file" else {}
+        if id in there.chardevs and confined.names(said):
+            found.append(f"chardev '{id}'")
+    return [confined.opened_inside(what) for what in found]
 
 
 async def _object(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segue.errors import BadCommandLine, Blocker
+from segue.kept import confined
 from segue.kept.changes.graph import OURS, Graph, made_up
 from segue.kept.changes.record import Record
 from segue.qemu.commandline import Option
@@ -52,7 +53,21 @@ def baseline(graph: Graph) -> dict[str, Any]:
         "drives": {name: _drive_text(graph, name) for name in graph.drives},
         "files": {name: graph.facts[root]["file"] for name, root in graph.drives.items() if root},
         "nodes": _nodes(graph),
+        "opened": _opened(graph, graph.children),
     }
+
+
+def opened_inside(graph: Graph, record: Record) -> list[Blocker]:
+    """Of a QEMU that gave up its root: the files that it has opened since."""
+    before = record.baseline["blocks"].get("opened", [])
+    added = {node for name in record.nodes if name in graph.children for node in graph.below(name)}
+    now = {*_opened(graph, added), *(set(_opened(graph, graph.children)) - set(before))}
+    return [confined.opened_inside(f"disk image {name}") for name in sorted(now)]
+
+
+def _opened(graph: Graph, nodes: Iterable[str]) -> list[str]:
+    found = {graph.facts[node]["file"] for node in nodes if graph.facts[node]["drv"] in _FILES}
+    return sorted(name for name in found if not confined.is_lent(name))
 
 
 def survey(graph: Graph, options: Sequence[tuple[int, Option]], record: Record) -> Blocks:

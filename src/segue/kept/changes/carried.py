@@ -39,12 +39,6 @@ def memory(draft: Draft, arguments: Mapping[str, Any]) -> GuestRam | None:
     return found[0] if found and isinstance(found[0], GuestRam) else None
 
 
-def sees_proc(line: CommandLine) -> bool:
-    """Whether a running QEMU can open /proc/self/fd: not after it gave up its root or its user."""
-    given = {key for option in line.all("run-with") for key in option.params.keys()}
-    return not (line.flag("chroot", "runas") or given & {"chroot", "user"})
-
-
 async def add_memory(monitor: Monitor, ram: GuestRam, arguments: Mapping[str, Any]) -> Reply:
     """Have QEMU use our memory in the place of its own. Raises SegueError."""
     await ram.start()

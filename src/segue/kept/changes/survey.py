@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segue.errors import Blocker
+from segue.kept import confined
 from segue.kept.base import Kept, Lending, Part
 from segue.kept.changes import backends, blocks, carried, devices, graph, hmp, jobs
 from segue.kept.changes.record import Record
@@ -107,7 +108,7 @@ class Changes(Kept):
         ram = carried.memory(self.draft, arguments)
         if not str(arguments.get("qom-type")).startswith("memory-backend-"):
             return None
-        if ram is None or not carried.sees_proc(self.draft.command_line):
+        if ram is None or confined.is_confined(self.draft.command_line):
             self.record.private[str(arguments.get("id"))] = (
                 "QEMU gave up its view of /proc (chroot=, user=), so its memory cannot be shared"
                 if ram is not None
@@ -171,6 +172,8 @@ class Changes(Kept):
         told = [(i, item) for i, item in enumerate(items) if isinstance(item, Option)]
         now = await graph.read(monitor)
         disks = blocks.survey(now, [(i, o) for i, o in told if o.name in _DRIVES], record)
+        if confined.has_own_root(self.draft.command_line):
+            disks.blockers += blocks.opened_inside(now, record)
         found = await devices.survey(
             monitor, [(i, o) for i, o in told if o.name == "device"], record, now, disks.renamed
         )
