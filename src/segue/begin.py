@@ -16,6 +16,7 @@ from segue.detach import SIGNALS, detached
 from segue.kept.user import AUTO
 from segue.machines import MachineDirectory, default_name
 from segue.qemu.commandline import CommandLine
+from segue.store import Store
 from segue.supervisor import Supervisor
 from segue.suspended import Suspended
 
@@ -71,5 +72,7 @@ def _supervise(
     # Until the loop can handle them: what is made from here on must not be left behind.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     directory = MachineDirectory.create(name or default_name(line.argv()))
-    supervisor = Supervisor(directory, line, detached=detached, **more)
+    # What a detached machine's caller was told by systemd, and given, was not meant for it.
+    store = None if detached else Store.of_systemd()
+    supervisor = Supervisor(directory, line, detached=detached, store=store, **more)
     return asyncio.run(supervisor.run(ready))

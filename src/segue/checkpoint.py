@@ -15,7 +15,7 @@ Version 1 of the data, all of it what JSON knows:
      "kept": [{"kind", "name", "data"}],       in the order of the description
      "control": [{"listeners", "made"}], "console": bool,
      "qmp": {...},
-     "receipts": [...], "deposits": {...}}     only where it is exact
+     "receipts": [...], "deposits": {...}, "stored": {...}}     only where it is exact
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from segue.qemu.binary import Binary, MachineType
 from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import Instance
 from segue.saved import Loader, Saver
+from segue.store import mark
 
 if TYPE_CHECKING:
     from segue.qmp.server import Client
@@ -89,6 +90,7 @@ def save(supervisor: Supervisor, saver: Saver, asker: Client | None = None) -> d
         "qmp": supervisor.server.save(saver, asker),
         "receipts": list(supervisor.receipts) if saver.exact else [],
         "deposits": supervisor.keeper.save() if saver.exact else {},
+        "stored": supervisor.store.save() if saver.exact else {},
     }
 
 
@@ -131,6 +133,7 @@ def recall(supervisor: Supervisor, data: Mapping[str, Any]) -> None:
     supervisor.binary = _binary(data["binary"])
     supervisor.receipts = deque(data["receipts"], supervisor.receipts.maxlen)
     supervisor.keeper.load(data["deposits"])
+    supervisor.store.load(data.get("stored", {}), mark(supervisor.line, supervisor.machine))
     if data["started"] is not None:
         supervisor.started = mapped.Started.from_json(data["started"])
 

@@ -34,20 +34,29 @@ class Entrances:
         self._machine = machine
         self._server = server
         self._say = say
+        self._spared = False
         self._controls: list[Server] = []
         self._console: socket.socket | None = None
         self._qmp: Listener | None = None
 
-    async def open_before_qemu(self) -> None:
-        """All but `open_qmp`. Raises SegueError, as QEMU would.
+    def spare(self, on: bool) -> None:
+        """As `Kept.spare`; the sockets in the run directory go with it."""
+        self._spared = on
+        for end in self._controls:
+            end.spared = on
+
+    async def open_before_qemu(self, found: Loader) -> None:
+        """All but `open_qmp`; `found` is as for `Kept.inherit`. Raises SegueError, as QEMU would.
 
         With `wait` (QEMU's default) a monitor holds up the start until somebody has connected.
         """
         if self._machine.console() is not None:
             self._console = self._listen_on_console()
             self._accept_on_console()
-        for chardev, pretty in self._machine.control:
+        for number, (chardev, pretty) in enumerate(self._machine.control):
             end = Server(chardev.id, chardev.params, self._say)
+            end.spared = self._spared
+            end.found = found.within(f"control{number}")
             self._controls.append(end)
             listeners = self._adopt(await end.listen(), pretty)
             if chardev.params.boolean("wait", True):
@@ -77,6 +86,7 @@ class Entrances:
         for number, saved in enumerate(data["control"]):
             chardev, pretty = self._machine.control[number]
             end = Server(chardev.id, chardev.params, self._say)
+            end.spared = self._spared
             self._controls.append(end)
             inner = loader.within(f"control{number}")
             self._adopt(await end.load_listeners(saved, inner), pretty)

@@ -34,7 +34,7 @@ from segue import checkpoint
 from segue.errors import SegueError
 from segue.qemu.instance import Instance
 from segue.qmp.server import FDSETS, MAX_CLIENTS
-from segue.saved import Named, Saver
+from segue.saved import Identity, Named, Saver, identity
 
 if TYPE_CHECKING:
     from segue.supervisor import Supervisor
@@ -43,8 +43,6 @@ FORMAT = 1
 _PAUSE = 0.02
 _PATIENCE = 10.0
 """Seconds for QEMU to take a descriptor."""
-
-Identity = list[str]
 
 
 @dataclass(frozen=True)
@@ -152,6 +150,7 @@ class Keeper:
         saver = Saver(exact=False)
         with contextlib.suppress(OSError):
             machine = checkpoint.save(self._supervisor, saver)
+            self._supervisor.store.keep(saver)
             descriptors = {name: self._describe(name, each) for name, each in saver.found.items()}
             text = json.dumps({"format": FORMAT, "machine": machine, "descriptors": descriptors})
             new.write_text(text)
@@ -206,20 +205,3 @@ class Keeper:
         finally:
             for fd in copies.values():
                 os.close(fd)
-
-
-def identity(pid: int | str, fd: int | str) -> Identity:
-    """What tells an open file from others, as /proc shows it. Raises OSError.
-
-    fdinfo tells taps and ptys apart, which share the inode of their device.
-    """
-    path = f"/proc/{pid}/fd/{fd}"
-    status = os.stat(path)
-    known = [str(status.st_dev), str(status.st_ino), str(status.st_rdev)]
-    link = os.readlink(path)
-    if link.startswith("anon_inode:"):
-        return [*known, link]
-    if status.st_rdev:
-        with open(f"/proc/{pid}/fdinfo/{fd}") as file:
-            known += [line.strip() for line in file if line.startswith(("iff:", "tty-index:"))]
-    return known

@@ -30,15 +30,15 @@ from typing import Any
 from segue import checkpoint
 from segue.detach import SIGNALS
 from segue.errors import GuestLost, NotRunning, QemuError, Refused, SegueError
-from segue.keeper import FORMAT, Deposit, Identity, identity
+from segue.keeper import FORMAT, Deposit
 from segue.kept.processes import duplicate_of, kill
 from segue.machines import MachineDirectory, is_alive
 from segue.qemu import migration
 from segue.qemu.binary import probe
-from segue.qemu.commandline import CommandLine
 from segue.qemu.instance import MONITOR_ID, Instance
 from segue.qmp.server import FDSETS
-from segue.saved import Loader
+from segue.saved import Identity, Loader, identity
+from segue.store import Store, mark
 from segue.supervisor import Supervisor
 from segue.suspended import discard
 from segue.upgrade import interrupts, journal, resume
@@ -145,10 +145,13 @@ class Recovery:
 
     async def take_up(self, stack: contextlib.ExitStack, detached: bool) -> Supervisor:
         os.chdir(self.machine["directory"])
-        line = CommandLine.parse(self.machine["command"])
-        supervisor = Supervisor(self.directory, line, detached=detached)
+        line, machine = checkpoint.described(self.machine)
+        store = None if detached else Store.of_systemd()
+        supervisor = Supervisor(self.directory, line, detached=detached, store=store)
         supervisor.handle_signals()
-        loader = Loader(False, self._take_back(), held=self._upgrading)
+        stored = supervisor.store.open(mark(line, machine))
+        loader = Loader(False, self._take_back(stored), held=self._upgrading)
+        checkpoint.close_all(stored)
         self.machine["detached"] = detached
         self.machine["receipts"] = self.directory.read_receipts()[-1000:]
         await supervisor.take_up(stack, self.machine, loader)
@@ -187,8 +190,8 @@ class Recovery:
 
     # -- descriptors ------------------------------------------------------------------------
 
-    def _take_back(self) -> dict[str, int]:
-        """Duplicates of all that a living instance holds."""
+    def _take_back(self, stored: Loader) -> dict[str, int]:
+        """Duplicates of all that a living instance holds, or else systemd."""
         living = {
             saved["number"]: saved["pid"]
             for each in self.machine["instances"]
@@ -201,6 +204,11 @@ class Recovery:
             if place is not None:
                 with contextlib.suppress(OSError):
                     found[name] = duplicate_of(*place)
+            elif (fd := stored.fd(name)) is not None:
+                if identity("self", fd) == entry["identity"]:
+                    found[name] = fd
+                else:
+                    os.close(fd)
         return found
 
     async def _deposits(self, live: Instance) -> dict[str, Any]:

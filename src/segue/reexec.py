@@ -158,12 +158,14 @@ async def _go_on() -> int:
         from segue.machines import MachineDirectory
         from segue.qemu.commandline import CommandLine
         from segue.saved import Loader
+        from segue.store import Store
         from segue.supervisor import Supervisor
 
         data = machine.data
         directory = MachineDirectory.owned(data["name"], machine.lock.fd)
         line = CommandLine.parse(data["command"])
-        supervisor = Supervisor(directory, line, detached=data["detached"])
+        store = None if data["detached"] else Store.of_systemd()
+        supervisor = Supervisor(directory, line, detached=data["detached"], store=store)
         supervisor.handle_signals()
         loader = Loader(True, {each.name: each.fd for each in machine.descriptors})
         stack = contextlib.ExitStack()

@@ -13,6 +13,7 @@ Plain data is what JSON knows; bytes go through `text` and `raw`.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
     from segue.kept.guard import Guard
 
 
+Identity = list[str]
+
+
 @dataclass(frozen=True)
 class Named:
     """A descriptor of ours. `lent`: every instance has it anyway, so that none need be asked to
     hold a duplicate; `held` are its numbers in the instances, where they alone tell it from others
-    of its kind.
+    of its kind. `outlives`: it means something to the next QEMU of this command line even where
+    this one dies with its guest (store.py).
     """
 
     fd: int
     lent: bool = False
     held: Mapping[int, int] | None = None
+    outlives: bool = False
 
 
 @dataclass
@@ -47,11 +53,17 @@ class Saver:
         return Saver(self.exact, self.found, f"{self.prefix}{name}.")
 
     def fd(
-        self, name: str, fd: int, *, lent: bool = False, held: Mapping[int, int] | None = None
+        self,
+        name: str,
+        fd: int,
+        *,
+        lent: bool = False,
+        held: Mapping[int, int] | None = None,
+        outlives: bool = False,
     ) -> None:
         key = self.prefix + name
         assert key not in self.found, f"two descriptors are called {key}"
-        self.found[key] = Named(fd, lent or held is not None, held)
+        self.found[key] = Named(fd, lent or held is not None, held, outlives)
 
     def bytes(self, data: bytes | bytearray) -> str:
         """Bytes that wait here: only an exact state has them."""
@@ -94,3 +106,20 @@ def text(data: bytes | bytearray) -> str:
 
 def raw(data: str) -> bytes:
     return data.encode("latin-1")
+
+
+def identity(pid: int | str, fd: int | str) -> Identity:
+    """What tells an open file from others, as /proc shows it. Raises OSError.
+
+    fdinfo tells taps and ptys apart, which share the inode of their device.
+    """
+    path = f"/proc/{pid}/fd/{fd}"
+    status = os.stat(path)
+    known = [str(status.st_dev), str(status.st_ino), str(status.st_rdev)]
+    link = os.readlink(path)
+    if link.startswith("anon_inode:"):
+        return [*known, link]
+    if status.st_rdev:
+        with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+            known += [line.strip() for line in file if line.startswith(("iff:", "tty-index:"))]
+    return known

@@ -50,6 +50,7 @@ from segue.qmp.server import QmpServer
 from segue.saved import Loader
 from segue.service import Service
 from segue.status import description, report
+from segue.store import Store, mark
 from segue.suspended import Suspended
 from segue.upgrade import resume
 from segue.upgrade.journal import Journal
@@ -83,6 +84,7 @@ class Supervisor:
         suspended: Suspended | None = None,
         to: Path | None = None,
         net_user: str = AUTO,
+        store: Store | None = None,
     ) -> None:
         self.directory = directory
         self._suspended = suspended
@@ -101,6 +103,7 @@ class Supervisor:
         self.journal: Journal
         self.server: QmpServer
         self.started: mapped.Started | None = None
+        self.store = store or Store()
         self.voice = Voice(directory, detached=detached)
         self.upgrader = Upgrader(self)
         self.keeper = Keeper(self)
@@ -157,7 +160,16 @@ class Supervisor:
         status = await self._ended
         await self.upgrader.finished()
         await self.server.finish(_LAST_ANSWERS)
+        if status == 0:
+            self._spare(False)
+            self.store.clear()
         return status
+
+    def _spare(self, on: bool) -> None:
+        """Whether systemd, which starts a machine again that failed, has its clients until then."""
+        for kept in self.machine.kept:
+            kept.spare(on)
+        self.entrances.spare(on)
 
     def _clear_away(self) -> None:
         for task in self._tasks:
@@ -174,13 +186,16 @@ class Supervisor:
             )
         self.voice.open_log(stack)
         self._pidfile_write()
-        for kept in self.machine.kept:
+        found = self.store.open(mark(self.line, self.machine))
+        for number, kept in enumerate(self.machine.kept):
             stack.callback(kept.close)
             self._connect(kept)
+            kept.inherit(found.within(f"kept{number}"))
             await kept.start()
         self.server = self._make_server(stack)
         stack.callback(self.entrances.close)
-        await self.entrances.open_before_qemu()
+        await self.entrances.open_before_qemu(found)
+        checkpoint.close_all(found)
         self.journal = Journal(self.directory.journal)
         stack.callback(self.journal.close)
         if self._suspended is not None:
@@ -239,6 +254,7 @@ class Supervisor:
 
     def _connect(self, kept: Kept) -> None:
         kept.changed = self.keeper.changed
+        kept.spare(self.store.used)
         kept.move_in(self.run_directory, self.voice.say)
         if isinstance(kept, Broker):
             kept.replace_backend = partial(self._replace_backend, kept.shared)
@@ -443,6 +459,7 @@ class Supervisor:
         server.carried_out = changes.carries_out()
         stack.callback(server.close)
         self.entrances = Entrances(self.directory, self.machine, server, self.voice.say)
+        self.entrances.spare(self.store.used)
         return server
 
     def _instance_ended(self, instance: Instance, status: int) -> None:

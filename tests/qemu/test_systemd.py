@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,9 @@ class Unit:
     def state(self) -> tuple[str, str]:
         return self.show("ActiveState"), self.show("SubState")
 
+    def was_restarted(self, times: str) -> bool:
+        return self.show("NRestarts") == times
+
     def qemus(self) -> list[int]:
         found = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
@@ -99,6 +104,22 @@ def test_a_machine_through_its_life(systemd: Systemd, place: Path, user: bool) -
     assert not alive(machine)
     assert unit.state == ("active", "running")
     unharmed(console)
+
+    # QEMU dies, and then both at once: its console's client sees the guest boot again.
+    for restarts in ("2", "3"):
+        [machine] = unit.qemus()
+        if restarts == "3":
+            os.kill(unit.supervisor, signal.SIGSTOP)
+            os.kill(machine, signal.SIGKILL)
+            os.kill(unit.supervisor, signal.SIGKILL)
+        else:
+            os.kill(machine, signal.SIGKILL)
+        wait_until("the next machine", partial(unit.was_restarted, restarts))
+        wait_until("its start", lambda: unit.state == ("active", "running"))
+        assert unit.qemus() != [machine]
+        console.witness = Witness()
+        console.wait(lambda: console.witness and console.witness.ticks > 20, "a guest that boots")
+        unharmed(console)
 
     # This guest knows no power button, so it is told to quit in the end.
     unit.systemctl("stop", "--no-block")

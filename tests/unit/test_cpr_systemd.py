@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,8 +82,40 @@ def test_the_descriptor_store(manager: Manager) -> None:
             for fd in stored:
                 os.close(fd)
         assert counts == [253, 47]
+        assert notifier.store("terminal", [first.fileno()], poll=False)
+        lines, [fd] = manager.heard()
+        assert lines == ["FDSTORE=1", "FDNAME=terminal", "FDPOLL=0"]
+        os.close(fd)
     assert notifier.remove("clients")
     assert manager.heard() == (["FDSTOREREMOVE=1", "FDNAME=clients"], [])
+
+
+def test_a_barrier_waits_until_all_has_been_acted_on(manager: Manager) -> None:
+    notifier = Notifier(manager.address)
+    done = threading.Event()
+
+    def act() -> None:
+        lines, [fd] = manager.heard()
+        assert lines == ["BARRIER=1"]
+        done.set()
+        os.close(fd)
+
+    acting = threading.Thread(target=act)
+    acting.start()
+    assert notifier.barrier()
+    assert done.is_set()
+    acting.join()
+    # One that reads nothing is waited for no longer than is asked.
+    assert not notifier.barrier(timeout=0)
+    assert not Notifier(None).barrier()
+
+
+def test_a_manager_that_reads_nothing_holds_nobody_up(manager: Manager) -> None:
+    notifier = Notifier(manager.address, timeout=0)
+    while notifier.status("the queue is not full yet"):
+        pass
+    assert manager.heard()[0] == ["STATUS=the queue is not full yet"]
+    assert notifier.status("there is room again")
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a\nb", "ü", "x" * 256])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import time
@@ -37,9 +38,13 @@ _TIMEOUT = 5.0
 class Notifier:
     """Tells systemd what becomes of the service. Each method says whether it could be told."""
 
-    def __init__(self, address: str | None) -> None:
-        """`address` is what NOTIFY_SOCKET says; None where there is no systemd."""
+    def __init__(self, address: str | None, timeout: float = _TIMEOUT) -> None:
+        """`address` is what NOTIFY_SOCKET says; None where there is no systemd.
+
+        `timeout` is how long a systemd that reads nothing may hold up a call, in seconds.
+        """
         self._address = address
+        self._timeout = timeout
 
     @classmethod
     def from_environment(cls) -> Notifier:
@@ -66,12 +71,18 @@ class Notifier:
         """Another process is the service from here on, as after `transfer`."""
         return self._send([f"MAINPID={pid}"])
 
-    def store(self, name: str, descriptors: Sequence[int | Descriptor]) -> bool:
-        """Have systemd hold duplicates, which come back by `listen_fds` after a crash."""
+    def store(
+        self, name: str, descriptors: Sequence[int | Descriptor], *, poll: bool = True
+    ) -> bool:
+        """Have systemd hold duplicates, which come back by `listen_fds` after a crash.
+
+        It lets go of those that are hung up, unless it is told not to `poll` them.
+        """
         _check_name(name)
         numbers = [each if isinstance(each, int) else each.fd for each in descriptors]
+        lines = ["FDSTORE=1", f"FDNAME={name}", *([] if poll else ["FDPOLL=0"])]
         return all(
-            self._send(["FDSTORE=1", f"FDNAME={name}"], numbers[start : start + _BATCH])
+            self._send(lines, numbers[start : start + _BATCH])
             for start in range(0, len(numbers), _BATCH)
         )
 
@@ -79,6 +90,18 @@ class Notifier:
         """Have systemd close all that it holds under this name."""
         _check_name(name)
         return self._send(["FDSTOREREMOVE=1", f"FDNAME={name}"])
+
+    def barrier(self, timeout: float = _TIMEOUT) -> bool:
+        """Wait until systemd has acted on all that it was told before (sd_notify_barrier(3))."""
+        read, write = os.pipe()
+        try:
+            try:
+                told = self._send(["BARRIER=1"], [write])
+            finally:
+                os.close(write)
+            return told and bool(select.select([read], [], [], timeout)[0])
+        finally:
+            os.close(read)
 
     def _send(self, lines: Iterable[str], descriptors: Sequence[int] = ()) -> bool:
         if self._address is None or self._address[0] not in "/@":
@@ -88,7 +111,7 @@ class Notifier:
         if address.startswith(b"@"):
             address = b"\0" + address[1:]
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(_TIMEOUT)
+            sock.settimeout(self._timeout)
             message = "\n".join(lines).encode()
             try:
                 sock.connect(address)

@@ -4,6 +4,7 @@ A machine's life and an upgrade call, in this order (`hold` to `give_back` run w
 is paused, so they are plain functions that never wait):
 
     move_in(...)         where it may put files, and whom it may tell what happens
+    inherit(loader)      what an earlier one left, where there was one
     start()              the machine starts: the host end is opened
     learn(monitor)       the first instance is up: values that it chose are noted
     quiet()              an upgrade begins: what is under way is finished first
@@ -19,6 +20,7 @@ is paused, so they are plain functions that never wait):
     restore()            undo, the successor is dead: what only one can have is the incumbent's
     give_back()          undo, after `freeze`: the incumbent is served, as if nothing had been
     drop(number)         that instance is dead: what was only for it is closed
+    spare(on)            whether another is to inherit
     close()              the machine has ended
 
 A supervisor can be replaced by another process, in two ways (docs/supervisor.md); the object is
@@ -102,6 +104,12 @@ class Kept(Part):
 
     def move_in(self, directory: Path, say: Callable[[str], None]) -> None:
         """The machine's run directory, and how to tell its user."""
+
+    def inherit(self, loader: Loader) -> None:
+        """Before `start`: what an earlier machine of this command line has left (store.py)."""
+
+    def spare(self, on: bool) -> None:
+        """Whether `close` is to leave what another machine will inherit as it is."""
 
     async def start(self) -> None:
         """Open the host end. Raises SegueError with the reason."""

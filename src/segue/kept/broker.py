@@ -106,13 +106,21 @@ class Broker(Kept):
 
     # -- the machine's life ---------------------------------------------------------------
 
+    def inherit(self, loader: Loader) -> None:
+        self.endpoint.found = loader.within("end")
+        while (sock := loader.socket(f"viewer{len(self._viewers)}")) is not None:
+            self._viewers.append(Viewer(sock))
+
+    def spare(self, on: bool) -> None:
+        self.endpoint.spared = on
+
     async def start(self) -> None:
         await self.endpoint.start()
 
     def save(self, saver: Saver) -> dict[str, Any]:
         channel, prompt = self._channel, self._prompt
         for number, viewer in enumerate(self._viewers):
-            saver.fd(f"viewer{number}", viewer.sock.fileno())
+            saver.fd(f"viewer{number}", viewer.sock.fileno(), outlives=True)
         return {
             "endpoint": self.endpoint.save(saver.within("end")),
             "channel": None if channel is None else channel.save(saver.within("end")),
@@ -248,10 +256,10 @@ class Broker(Kept):
             self._write_client()
         self._watches.close()
         if self._channel is not None:
-            self._channel.close()
+            (self._channel.leave if self.endpoint.spared else self._channel.close)()
             self._channel = None
         for viewer in self._viewers:
-            viewer.close()
+            viewer.close(hang_up=not self.endpoint.spared)
         self._viewers.clear()
         for pair in self._pairs.values():
             pair.close()

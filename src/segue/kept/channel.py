@@ -52,6 +52,10 @@ class Channel(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
+    def leave(self) -> None:
+        """As `close`, where others still have the connection, and it is to go on."""
+        self.close()
+
     def identity(self) -> dict[str, Any]:
         status = os.fstat(self.reads)
         return {"device": status.st_dev, "inode": status.st_ino}
@@ -81,11 +85,14 @@ class SocketChannel(Channel):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
+    def leave(self) -> None:
+        self.sock.close()
+
     def identity(self) -> dict[str, Any]:
         return {"cookie": socket_cookie(self.sock)}
 
     def save(self, saver: Saver) -> dict[str, Any]:
-        saver.fd("socket", self.sock.fileno())
+        saver.fd("socket", self.sock.fileno(), outlives=True)
         return {"returning": self.returning}
 
 

@@ -27,6 +27,9 @@ class Endpoint(ABC):
     came: Callable[[Channel], None]
     # A client whose connection has to say more than bytes (telnet's BREAK).
     broke: Callable[[], None] = staticmethod(lambda: None)
+    # As `Kept.inherit` and `Kept.spare`.
+    found: Loader = Loader(False, {})
+    spared = False
 
     @abstractmethod
     async def start(self) -> None:

@@ -134,6 +134,16 @@ class Mux(Kept):
 
     # -- the machine's life ---------------------------------------------------------------
 
+    def inherit(self, loader: Loader) -> None:
+        self.endpoint.found = loader.within("end")
+        for leg in self._legs:
+            leg.broker.inherit(loader.within(leg.front.id))
+
+    def spare(self, on: bool) -> None:
+        self.endpoint.spared = on
+        for broker in self.brokers:
+            broker.spare(on)
+
     async def start(self) -> None:
         await self.endpoint.start()
 
@@ -229,7 +239,7 @@ class Mux(Kept):
                 leg.sock = None
             leg.broker.close()
         if self._channel is not None:
-            self._channel.close()
+            (self._channel.leave if self.endpoint.spared else self._channel.close)()
             self._channel = None
         self.endpoint.close()
         self._flushed.set()

@@ -39,6 +39,12 @@ class _SocketEndpoint(Endpoint):
         again.returning = channel["returning"]
         return again
 
+    def _known(self, sock: socket.socket) -> Channel:
+        """A client's connection to an earlier machine of this name."""
+        if self._params.boolean("telnet", False) and self._params.boolean("server", False):
+            return TelnetChannel(sock, self.broke, {"greeting": "", "seen": 0})
+        return SocketChannel(sock)
+
     def _channel(self, sock: socket.socket) -> Channel:
         nodelay = not self._params.boolean("delay", True) or self._params.boolean("nodelay", False)
         if nodelay and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -63,14 +69,19 @@ class Server(_SocketEndpoint):
             listener.setblocking(False)
         loop = asyncio.get_running_loop()
         self._first = loop.create_future()
-        self._accept(True)
+        if (sock := self.found.socket("socket")) is not None:
+            self._first.set_result(None)
+            self.came(self._known(sock))
+        else:
+            self._accept(True)
         if self._params.boolean("wait", True):
-            self.say_waiting()
+            if not self._first.done():
+                self.say_waiting()
             await self._first
 
     def save(self, saver: Saver) -> dict[str, Any]:
         for number, listener in enumerate(self._listeners):
-            saver.fd(f"listener{number}", listener.fileno())
+            saver.fd(f"listener{number}", listener.fileno(), outlives=True)
         return {"listeners": len(self._listeners), "made": list(self._made) if self._made else None}
 
     async def load(
@@ -96,13 +107,27 @@ class Server(_SocketEndpoint):
     async def listen(self) -> list[socket.socket]:
         """The listening sockets, for who serves and closes them by itself: see `remove_path`."""
         fd = self._params.get("fd")
-        if fd is not None:
+        if self._find():
+            pass
+        elif fd is not None:
             self._listeners = [_given(fd)]
         elif self._params.get("path") is not None:
             self._listeners = [self._listen_unix()]
         else:
             self._listeners = await self._listen_inet()
         return self._listeners
+
+    def _find(self) -> bool:
+        """The sockets that are listening already, unless a path of theirs is gone."""
+        while (sock := self.found.socket(f"listener{len(self._listeners)}")) is not None:
+            self._listeners.append(sock)
+        path = self._params.get("path")
+        if path is not None and self._listeners and not self._params.boolean("abstract", False):
+            try:
+                self._made = (path, os.stat(path).st_ino)
+            except OSError:
+                self._listeners.pop().close()
+        return bool(self._listeners)
 
     def say_waiting(self) -> None:
         self._say(f"QEMU waiting for connection on: disconnected:{self._where()},server=on")
@@ -118,8 +143,8 @@ class Server(_SocketEndpoint):
         self.remove_path()
 
     def remove_path(self) -> None:
-        """That of a socket in the file system, if it is still ours."""
-        if self._made:
+        """That of a socket in the file system, if it is still ours, and not for another."""
+        if self._made and not self.spared:
             path, inode = self._made
             self._made = None
             with contextlib.suppress(OSError):
@@ -213,7 +238,9 @@ class Client(_SocketEndpoint):
         self._trying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        if self._pause:
+        if (sock := self.found.socket("socket")) is not None:
+            self.came(self._known(sock))
+        elif self._pause:
             self._trying = asyncio.create_task(self._try(0))
         else:
             self.came(self._channel(await self._connect()))

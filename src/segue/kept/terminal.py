@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import fcntl
 import os
 import select
 import signal
+import sys
 import termios
 from typing import Any
 
@@ -16,6 +18,7 @@ from segue.kept.channel import Channel, Descriptor, DescriptorChannel
 from segue.kept.endpoints import Endpoint, Say
 from segue.saved import Loader, Saver, raw, text
 
+_TIOCGPTN = 0x80045430  # asm-generic/ioctls.h
 _LOOK = 0.5  # seconds between looks for somebody who opens a pty; QEMU takes 1
 
 
@@ -175,16 +178,13 @@ class Pty(Endpoint):
         self.path = ""
 
     async def start(self) -> None:
-        try:
-            self._master, slave = os.openpty()
-        except OSError as error:
-            raise SegueError(f"Failed to create PTY: {error.strerror}") from None
-        self.path = os.ttyname(slave)
-        make_raw(slave)
-        os.close(slave)
+        if (found := self.found.fd("master")) is not None:
+            self._master, self.path = found, _slave(found)
+        else:
+            self._open()
         os.set_blocking(self._master, False)
         self._out(f"char device redirected to {self.path} (label {self._label})")
-        if self._link is not None:
+        if self._link is not None and not _leads_to(self._link, self.path):
             try:
                 os.symlink(self.path, self._link)
             except OSError as error:
@@ -195,7 +195,7 @@ class Pty(Endpoint):
         self._look()
 
     def save(self, saver: Saver) -> dict[str, Any]:
-        saver.fd("master", self._master)
+        saver.fd("master", self._master, outlives=True)
         return {"path": self.path, "link": self._link}
 
     async def load(
@@ -213,6 +213,15 @@ class Pty(Endpoint):
             return PtyChannel(master)
         self._look()
         return None
+
+    def _open(self) -> None:
+        try:
+            self._master, slave = os.openpty()
+        except OSError as error:
+            raise SegueError(f"Failed to create PTY: {error.strerror}") from None
+        self.path = os.ttyname(slave)
+        make_raw(slave)
+        os.close(slave)
 
     def left(self) -> None:
         self._look()
@@ -240,6 +249,19 @@ class Pty(Endpoint):
             self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
         else:
             self.came(PtyChannel(self._master))
+
+
+def _slave(master: int) -> str:
+    """ptsname(3), which Python has from 3.13 on."""
+    number = fcntl.ioctl(master, _TIOCGPTN, bytes(4))
+    return f"/dev/pts/{int.from_bytes(number, sys.byteorder)}"
+
+
+def _leads_to(link: str, path: str) -> bool:
+    try:
+        return os.readlink(link) == path
+    except OSError:
+        return False
 
 
 def hung_up(fd: int) -> bool:

@@ -17,10 +17,11 @@ class Viewer:
         self.fd = sock.fileno()
         self.pending = bytearray(pending)
 
-    def close(self) -> None:
+    def close(self, hang_up: bool = True) -> None:
         # An instance may hold a duplicate, which would keep the connection open.
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        if hang_up:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     def feed(self, data: bytes) -> None:
