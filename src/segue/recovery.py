@@ -394,7 +394,8 @@ class Recovery:
 
 async def _usual_settings(instance: Instance) -> None:
     listed = await instance.monitor.execute("query-migrate-capabilities")
-    settings = migration.Settings({each["capability"]: False for each in listed}, _DEFAULTS)
+    capabilities = {each["capability"]: False for each in listed}
+    settings = migration.Settings(capabilities, _DEFAULTS, described=True)
     with contextlib.suppress(SegueError):
         await migration.restore(instance.monitor, settings)
 

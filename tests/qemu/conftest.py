@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from segue.guest import Witness, image
-from tests.qemu.harness import Client, Machine, Segue, accelerator, qemu, wait_until
+from tests.qemu.harness import Client, Machine, Qmp, Segue, accelerator, qemu, wait_until
 
 
 @pytest.fixture
@@ -56,6 +56,13 @@ def watch(machine: Machine, place: Path) -> Client:
     client.witness = Witness()
     client.wait(lambda: client.witness and client.witness.ticks > 20, "the first ticks")
     return client
+
+
+def migrates_as_ever(qmp: Qmp) -> None:
+    """A migration of a client's own is as it was before any upgrade."""
+    assert qmp.command("qom-get", {"path": "/machine", "property": "suppress-vmdesc"}) is False
+    listed = qmp.command("query-migrate-capabilities")
+    assert not [each["capability"] for each in listed if each["state"]]
 
 
 def unharmed(client: Client) -> None:

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.conftest import migrates_as_ever, tiny, unharmed, watch
 from tests.qemu.harness import Client, Machine, Qmp, Segue, cpu_ticks, qemu, wait_until
 
 PHASES = ("prepare", "open", "hold", "move", "commit")
@@ -64,6 +64,7 @@ class Survivor:
         pid = self.machine.qemu_pid
         before = cpu_ticks(pid)
         wait_until("the guest using CPU time", lambda: cpu_ticks(pid) > before)
+        migrates_as_ever(self.qmp)
 
     def upgrade_works(self) -> None:
         receipt = self.begin(to="10.0").result(60)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.conftest import migrates_as_ever, tiny, unharmed, watch
 from tests.qemu.harness import (
     Client,
     Machine,
@@ -111,6 +111,8 @@ def well(orphan: Orphan) -> Iterator[None]:
     yield
     assert orphan.qemus() == [orphan.machine.qemu_pid]
     unharmed(orphan.console)
+    with orphan.machine.qmp() as qmp:
+        migrates_as_ever(qmp)
     orphan.machine.handed_over("--to", qemu("10.0"), "--force")
     assert orphan.qemus() == [orphan.machine.qemu_pid]
     unharmed(orphan.console)

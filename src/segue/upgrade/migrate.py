@@ -15,9 +15,7 @@ _RECEIVER = migration.RECEIVER - {"x-ignore-shared"}
 
 class Migrate(Handover):
     async def _configure(self) -> None:
-        assert self.successor is not None
-        self._before = await migration.configure(self.incumbent.monitor, _SENDER)
-        self._fresh = await migration.configure(self.successor.monitor, _RECEIVER)
+        await self._configure_both(_SENDER, _RECEIVER)
 
     async def _open(self) -> None:
         await super()._open()
