@@ -61,6 +61,7 @@ _WISHES = _ENDINGS | {
 # as long again (two processors, TCG).
 _SETTLING = 0.05
 
+
 @dataclass
 class Handover:
     """One attempt. `timeout` bounds all that comes before commit, in seconds.
