@@ -258,6 +258,36 @@ def test_a_session_and_a_listening_port(
     )
 
 
+def test_a_guest_that_is_shut_in(command: Segue, place: Path, namespace: Namespace) -> None:
+    """restrict=on: it answers who calls, and reaches nobody by itself, before and after."""
+    network = ("-netdev", f"user,id=n0,restrict=on,{FORWARD}")
+    one = guest(command, place, namespace, *network, "-device", "virtio-net-pci,netdev=n0")
+    with namespace.inside():
+        listener = socket.create_server(("127.0.0.1", 0))
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.bind(("127.0.0.1", 0))
+    port, udp = listener.getsockname()[1], datagrams.getsockname()[1]
+    with listener, datagrams:
+        listener.setblocking(False)
+        datagrams.setblocking(False)
+        called = one.inbound()
+        for release in ("11.1", "7.2"):
+            assert "nc: timed out" in one.shell.command(f"timeout 5 nc -w 1 {GATEWAY} {port}")
+            one.shell.command(f"echo x | nc -u -w 1 {GATEWAY} {udp}")
+            assert "100% packet loss" in one.shell.command(f"ping -c 2 -W 1 {GATEWAY}")
+            for sock in (listener, datagrams):
+                with pytest.raises(BlockingIOError):
+                    sock.accept() if sock is listener else sock.recv(1)
+            receipt = one.machine.handed_over("--to", qemu(release))
+            assert receipt["not_kept"] == []
+            assert kept(receipt, "passt")["held"]
+            called.wait()
+            with namespace.inside():
+                assert command("reexec", "net").returncode == 0
+        called.end()
+        one.inbound().end()
+
+
 def test_a_passt_that_dies_is_started_again(
     command: Segue, place: Path, namespace: Namespace
 ) -> None:

@@ -32,6 +32,10 @@ NO_PORTS = "--tcp-ports none --udp-ports none"
         ("user,ipv4=off", f"--quiet --mtu 1500 --ipv6-only {NO_PORTS}"),
         ("user,restrict=off", DEFAULT + NO_PORTS),
         (
+            "user,restrict=on,hostfwd=tcp::2222-:22",
+            f"{DEFAULT}--tcp-ports 0.0.0.0/2222:22 --udp-ports none",
+        ),
+        (
             "user,hostfwd=tcp::2222-:22,hostfwd=udp:127.0.0.1:53-10.0.2.15:5353",
             f"{DEFAULT}--tcp-ports 0.0.0.0/2222:22 --udp-ports 127.0.0.1/53:5353",
         ),
@@ -81,7 +85,7 @@ def test_translated(text: str, words: str) -> None:
         ("user,guestfwd=tcp:10.0.2.100:80-cmd:cat", "guestfwd"),
         ("user,tftp=/srv,bootfile=pxe", "TFTP"),
         ("user,smb=/srv", "SMB"),
-        ("user,restrict=on", "shut the guest in"),
+        ("user,restrict=on,hostfwd=udp::53-:53", "forwarded by UDP"),
         ("user,hostfwd=tcp::0-:22", "chooses no port"),
         ("user,hostfwd=tcp::22-10.0.2.99:22", "one address"),
         ("user,hostfwd=unix:/run/x-:22", "hostfwd=unix"),

@@ -103,6 +103,7 @@ class Passt(Kept):
     """One user network.
 
     `command` is how passt is to be run (usernet.py), `more` what an instance is told besides.
+    With `restrict` the guest is shut in (restrict.py).
     """
 
     kind = "passt"
@@ -113,13 +114,19 @@ class Passt(Kept):
         command: list[str],
         version: str,
         more: tuple[str, ...] = (),
+        restrict: bool = False,
     ) -> None:
         self.name = name
         self.pid = self._start_time = 0
         self._version = version
         self._command = command
         self._more = more
-        self._relay = Relay(self._broken)
+        if restrict:
+            from segue.kept.restrict import admits
+
+            self._relay = Relay(self._broken, admits)
+        else:
+            self._relay = Relay(self._broken)
         self._far: socket.socket | None = None
         # Whether each instance has a duplicate: not of that of a passt that was started since.
         self._far_is_lent = False

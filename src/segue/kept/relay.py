@@ -74,10 +74,18 @@ class StreamFar:
 
 
 class Relay:
-    """`on_break` is called when the far side has gone; until another is joined, nothing flows."""
+    """`on_break` is called when the far side has gone; until another is joined, nothing flows.
 
-    def __init__(self, on_break: Callable[[], None]) -> None:
+    With `admits`, only frames of the guest's that it says yes to are passed on.
+    """
+
+    def __init__(
+        self,
+        on_break: Callable[[], None],
+        admits: Callable[[memoryview], bool] | None = None,
+    ) -> None:
         self._on_break = on_break
+        self._admits = admits
         self._far: Far | None = None
         self._pairs: dict[int, Pair] = {}
         self._serving: int | None = None
@@ -261,8 +269,9 @@ class Relay:
                 return False
             if not count:
                 return False
-            if self._far is not None:
-                self._from_guest.add_frame(memoryview(self._buffer)[:count])
+            frame = memoryview(self._buffer)[:count]
+            if self._far is not None and (self._admits is None or self._admits(frame)):
+                self._from_guest.add_frame(frame)
         return True
 
     def _read_incumbent(self) -> None:

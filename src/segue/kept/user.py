@@ -104,7 +104,11 @@ class UserRule:
             words = usernet.translate(option.params)
         except usernet.Untranslatable as error:
             return {"why": str(error)}
-        return {"command": [self._found.path, *words], "version": self._found.version}
+        plan: dict[str, Any] = {
+            "command": [self._found.path, *words],
+            "version": self._found.version,
+        }
+        return plan | {"restrict": True} if usernet.restricted(option.params) else plan
 
 
 def _users(draft: Draft) -> list[Option]:
@@ -124,6 +128,7 @@ def _give_to_passt(draft: Draft, option: Option, plan: dict[str, Any]) -> None:
     from segue.kept.passt import Passt
 
     name = cards.name_of(draft, option)
-    kept = Passt(name, plan["command"], plan["version"], cards.plugged_in(option, name))
+    more = cards.plugged_in(option, name)
+    kept = Passt(name, plan["command"], plan["version"], more, plan.get("restrict", False))
     draft.kept.append(kept)
     draft.replace(option, kept)

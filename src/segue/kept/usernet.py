@@ -25,7 +25,6 @@ _REASONS = {
     "tftp-server-name": "passt tells no boot server",
     "smb": "passt starts no SMB server",
     "smbserver": "passt starts no SMB server",
-    "restrict": "passt cannot shut the guest in",
 }
 _FORWARD = re.compile(r"(tcp|udp|):([^:]*):(\d+)-([^:]*):(\d+)")
 
@@ -43,7 +42,7 @@ def translate(params: Params) -> list[str]:
     """passt's words for a user network. Raises Untranslatable."""
     for key in params:
         key = key.split(".")[0]
-        if key in _REASONS and (key != "restrict" or params.boolean("restrict", False)):
+        if key in _REASONS:
             raise Untranslatable(_REASONS[key])
         if key not in _KNOWN:
             raise Untranslatable(f"'{key}' has no counterpart in passt")
@@ -64,7 +63,16 @@ def translate(params: Params) -> list[str]:
     if search:
         words += ["--search", " ".join(search)]
     guest = words[words.index("--address") + 1] if ipv4 else None
-    return [*words, *_forwards(values(params, "hostfwd"), guest)]
+    forwards = values(params, "hostfwd")
+    if restricted(params) and any(forward.startswith("udp") for forward in forwards):
+        # Only passt knows which datagrams are answers.
+        raise Untranslatable("the guest cannot be shut in with a port forwarded by UDP")
+    return [*words, *_forwards(forwards, guest)]
+
+
+def restricted(params: Params) -> bool:
+    """Whether the guest is shut in: passt does not do that, the relay does (restrict.py)."""
+    return params.boolean("restrict", False)
 
 
 def _addresses(params: Params) -> list[str]:
