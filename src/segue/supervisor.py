@@ -457,6 +457,7 @@ class Supervisor:
         changes.incumbent = lambda: (self.instance.monitor, self.instance.number)
         changes.say = self.voice.say
         server.carried_out = changes.carries_out()
+        server.edits["query-chardev"] = self.machine.correct_chardevs
         stack.callback(server.close)
         self.entrances = Entrances(self.directory, self.machine, server, self.voice.say)
         self.entrances.spare(self.store.used)

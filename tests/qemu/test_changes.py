@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+import tty
 from pathlib import Path
+from typing import Any
 
-from tests.qemu.harness import Segue, alive, kill_between_turns, qemu, wait_until
+from tests.qemu.harness import Client, Segue, alive, kill_between_turns, qemu, wait_until
 from tests.qemu.plugged import ROUND, Guest, disk
 
 
@@ -174,3 +178,86 @@ def test_a_watchdog_does_what_was_set_on_another_qemu(segue: Segue, place: Path)
         starve()
         assert guest.machine.wait() == 0
         assert fired("poweroff")
+
+
+def test_a_port_that_is_given_other_clients(segue: Segue, place: Path) -> None:
+    """`chardev-change` to a socket, a pty, a file and back, each kept: no byte is lost."""
+    port = ("-chardev", "null,id=port", "-device", "virtconsole,chardev=port,nr=5")
+    with Guest(segue, place, "7.2", *port) as guest:
+        guest.until("test -c /dev/hvc1")
+        guest.run("exec 5<>/dev/hvc1; stty raw -echo <&5")
+
+        def change(kind: str, data: dict[str, Any]) -> dict[str, Any]:
+            # Said in the last moment, and so to whoever was there before.
+            guest.run(f"echo before {kind} >&5")
+            backend = {"type": kind, "data": data}
+            answer: dict[str, Any] = guest.qmp.command(
+                "chardev-change", {"id": "port", "backend": backend}
+            )
+            return answer
+
+        def filename() -> str:
+            told = {c["label"]: c["filename"] for c in guest.qmp.command("query-chardev")}
+            assert "segue-monitor" not in told
+            return str(told["port"])
+
+        def through(client: Client, *releases: str) -> bytes:
+            """It talks and listens through upgrades; what it was told is the whole of it."""
+            said = b""
+            # Whoever opens a pty is noticed a little later, with QEMU too.
+            client.send(b"here\n")
+            assert guest.run("head -n 1 <&5") == "here"
+            for release in releases:
+                guest.run(f"echo from {release} >&5")
+                guest.upgrade(release)
+                guest.run(f"echo to {release} >&5")
+                client.send(f"in {release}\n".encode())
+                assert guest.run("head -n 1 <&5") == f"in {release}"
+                said += f"from {release}\nto {release}\n".encode()
+            client.expect(re.escape(said) + b"$")
+            return said
+
+        def socket(name: str) -> Client:
+            address = {"type": "unix", "data": {"path": str(place / name)}}
+            change("socket", {"addr": address})
+            assert filename() == f"disconnected:unix:{place / name},server=on"
+            return guest.machine.connect(place / name)
+
+        first = socket("first")
+        said = through(first, "10.0", "11.1")
+        assert filename() == f"unix:{place}/first,server=on"
+        path = change("pty", {})["pty"]
+        assert filename() == f"pty:{path}"
+        wait_until("the end of the first", lambda: first.closed)
+        assert bytes(first.data) == said + b"before pty\n"
+        assert not (place / "first").exists()
+        with Terminal(path) as terminal:
+            said = through(terminal, "7.2", "10.0")
+            change("file", {"out": str(place / "file")})
+            wait_until("the end of the pty", lambda: terminal.closed)
+            assert bytes(terminal.data) == said + b"before file\n"
+        guest.upgrade("11.1")
+        second = socket("second")
+        assert (place / "file").read_bytes() == b"before socket\n"
+        through(second, "7.2")
+
+
+class Terminal(Client):
+    """A pty's user as a client."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        tty.setraw(self._fd)
+        super().__init__(self)  # type: ignore[arg-type]
+
+    def recv(self, size: int) -> bytes:
+        return os.read(self._fd, size)
+
+    def sendall(self, data: bytes) -> None:
+        os.write(self._fd, data)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)

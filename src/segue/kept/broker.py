@@ -157,6 +157,10 @@ class Broker(Kept):
             self.to_client += raw(data["to_client"])
         self._pump()
 
+    @property
+    def filename(self) -> str:
+        return self.endpoint.filename(self._channel)
+
     def arguments(self, lending: Lending) -> list[str]:
         number = lending.number
         if (old := self._pairs.pop(number, None)) is not None:
@@ -252,6 +256,9 @@ class Broker(Kept):
             self._replacing.cancel()
         if self._retry is not None:
             self._retry.cancel()
+        if self._channel is not None:
+            # What QEMU said until it was given another end.
+            self._read_instance()
         if self._channel is not None:
             self._write_client()
         self._watches.close()

@@ -26,6 +26,7 @@ from segue.kept.values import Values, ValuesRule
 from segue.qemu.binary import Binary
 from segue.qemu.chardevs import Chardev, find_chardevs
 from segue.qemu.commandline import CommandLine
+from segue.qemu.instance import MONITOR_ID
 from segue.qemu.monitor import Monitor
 
 _CONSOLES = ("isa-serial", "pci-serial", "virtconsole", "sclpconsole", "spapr-vty")
@@ -95,6 +96,18 @@ class Description:
         await self.values.learn(monitor)
         for kept in self.kept:
             await kept.learn(monitor)
+
+    def correct_chardevs(self, reply: dict[str, Any]) -> dict[str, Any]:
+        """An answer to `query-chardev`: the ends that the user has, where QEMU knows only ours."""
+        brokers = {kept.name: kept for kept in self._all_kept() if isinstance(kept, Broker)}
+        reply["return"] = [
+            entry | {"filename": brokers[entry["label"]].filename}
+            if entry["label"] in brokers
+            else entry
+            for entry in reply["return"]
+            if entry["label"] != MONITOR_ID
+        ]
+        return reply
 
     def receipts_of(self, pid: int) -> list[dict[str, Any]]:
         """What is kept, each with the identity that proves it and, where it can, /proc's word."""

@@ -57,6 +57,10 @@ class Endpoint(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]: ...
 
+    @abstractmethod
+    def filename(self, channel: Channel | None) -> str:
+        """What QEMU's `query-chardev` says of it, with this client or without one."""
+
 
 class Pipe(Endpoint):
     """PATH.in and PATH.out, or PATH both ways. Opened for both, so that there is no end."""
@@ -97,6 +101,9 @@ class Pipe(Endpoint):
 
     def identity(self) -> dict[str, Any]:
         return {"path": self._path}
+
+    def filename(self, channel: Channel | None) -> str:
+        return "pipe"
 
 
 class Udp(Endpoint):
@@ -150,6 +157,9 @@ class Udp(Endpoint):
 
     def identity(self) -> dict[str, Any]:
         return {"udp": self._name}
+
+    def filename(self, channel: Channel | None) -> str:
+        return "udp"
 
 
 def address_family(params: Params) -> socket.AddressFamily:

@@ -71,6 +71,9 @@ class _Port(Endpoint):
     def identity(self) -> dict[str, Any]:
         return {}
 
+    def filename(self, channel: Channel | None) -> str:
+        return "mux"
+
 
 @dataclass
 class _Leg:

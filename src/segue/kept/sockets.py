@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import stat
+from abc import abstractmethod
 from typing import Any
 
 from segue.errors import SegueError, advice
@@ -53,6 +54,30 @@ class _SocketEndpoint(Endpoint):
         if self._params.boolean("telnet", False) and self._params.boolean("server", False):
             return TelnetChannel(sock, self.broke)
         return SocketChannel(sock)
+
+    def filename(self, channel: Channel | None) -> str:
+        server = self._params.boolean("server", False)
+        flag = ",server=on" if server else ""
+        if isinstance(channel, SocketChannel):
+            if channel.sock.family == socket.AF_UNIX:
+                return f"{self._where() if server else 'unix:'}{flag}"
+            with contextlib.suppress(OSError):  # it has just gone
+                ours, theirs = channel.sock.getsockname(), channel.sock.getpeername()
+                return f"{self._protocol}:{_joined(ours)}{flag} <-> {_joined(theirs)}"
+        return f"disconnected:{self._where()}{flag}"
+
+    @property
+    def _protocol(self) -> str:
+        return "telnet" if self._params.boolean("telnet", False) else "tcp"
+
+    @abstractmethod
+    def _where(self) -> str:
+        """The address as QEMU writes it."""
+
+
+def _joined(address: tuple[Any, ...]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Server(_SocketEndpoint):
@@ -176,7 +201,6 @@ class Server(_SocketEndpoint):
         self.came(self._channel(sock))
 
     def _where(self) -> str:
-        protocol = "telnet" if self._params.boolean("telnet", False) else "tcp"
         path = self._params.get("path")
         if path is not None:
             flags = ""
@@ -184,11 +208,11 @@ class Server(_SocketEndpoint):
                 flags = ",abstract=on" + (",tight=on" * self._params.boolean("tight", True))
             return f"unix:{self._made[0] if self._made else path}{flags}"
         if not self._listeners:
-            return f"{protocol}:{self._params.get('host')}:{self._params.get('port')}"
+            return f"{self._protocol}:{self._params.get('host')}:{self._params.get('port')}"
         name = self._listeners[0].getsockname()
         if self._listeners[0].family == socket.AF_UNIX:
             return f"unix:{_printable(name)}"
-        return f"{protocol}:{name[0]}:{name[1]}"
+        return f"{self._protocol}:{name[0]}:{name[1]}"
 
     def _listen_unix(self) -> socket.socket:
         address, path = _unix_address(self._params)
@@ -267,7 +291,10 @@ class Client(_SocketEndpoint):
 
     def _where(self) -> str:
         get = self._params.get
-        return get("path") or (f"fd:{get('fd')}" if get("fd") else f"{get('host')}:{get('port')}")
+        if get("fd"):
+            return f"fd:{get('fd')}"
+        path = get("path")
+        return f"unix:{path}" if path else f"{self._protocol}:{get('host')}:{get('port')}"
 
     async def _try(self, pause: float) -> None:
         told = False
@@ -314,7 +341,8 @@ class Client(_SocketEndpoint):
                 raise
             else:
                 return sock
-        raise SegueError(f"Failed to connect to '{self._where()}': {reason}")
+        name = self._params.get("path") or self._where().removeprefix(f"{self._protocol}:")
+        raise SegueError(f"Failed to connect to '{name}': {reason}")
 
 
 def _bind(

@@ -136,6 +136,9 @@ class Stdio(Endpoint):
         statuses = [os.fstat(fd) for fd in (self._reads, self._writes)]
         return {"inodes": [[status.st_dev, status.st_ino] for status in statuses]}
 
+    def filename(self, channel: Channel | None) -> str:
+        return "stdio"
+
 
 class PtyChannel(Channel):
     """The master while somebody has the slave open. Output for a slave that is closed is lost.
@@ -238,6 +241,9 @@ class Pty(Endpoint):
 
     def identity(self) -> dict[str, Any]:
         return {"path": self.path, "device": os.stat(self.path).st_rdev}
+
+    def filename(self, channel: Channel | None) -> str:
+        return f"pty:{self.path}"
 
     def _look(self) -> None:
         """A closed slave is reported for ever, so it cannot be waited for, only looked at.

@@ -107,7 +107,8 @@ class QmpServer:
         self._asker: tuple[Client, dict[str, Any]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._paths: list[Path] = []
-        self._edits: Mapping[str, Callable[[Reply], Reply]] = {
+        # What is changed in QEMU's answers, by command.
+        self.edits: dict[str, Callable[[Reply], Reply]] = {
             "query-commands": self._edit_commands,
             "query-qmp-schema": self._edit_schema,
             "query-events": self._events_of_schema,
@@ -385,7 +386,7 @@ class QmpServer:
             if "return" in reply:
                 for observe in self.observers:
                     observe(name, message.get("arguments", {}), request.fds, reply["return"])
-            edit = self._edits.get(name)
+            edit = self.edits.get(name)
             if edit is not None and "return" in reply:
                 reply = edit(reply)
             try:

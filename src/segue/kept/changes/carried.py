@@ -125,8 +125,8 @@ async def add_chardev(
         raise
     if "error" in reply:
         kept.close()
-    elif (path := kept.endpoint.identity().get("pty")) is not None:
-        reply["return"]["pty"] = path
+    elif kept.filename.startswith("pty:"):
+        reply["return"]["pty"] = kept.filename.removeprefix("pty:")
     return reply
 
 

@@ -130,19 +130,24 @@ class Changes(Kept):
 
     def _chardev_add(self, command: str, arguments: dict[str, Any]) -> Awaitable[Any] | None:
         kept = carried.broker(carried.chardev(arguments), self.say)
-        if kept is None:
+        if kept is None and command == "chardev-add":
             return None
         monitor, number = self.incumbent()
 
         async def add() -> Any:
-            lending = Lending(number, self.draft.binary)
-            reply = await carried.add_chardev(monitor, command, kept, lending, arguments)
+            if kept is None and command == "chardev-add":
+                reply = await monitor.relay({"execute": command, "arguments": arguments})
+            else:
+                lending = Lending(number, self.draft.binary)
+                reply = await carried.add_chardev(monitor, command, kept, lending, arguments)
             if "return" in reply:
-                old = self.parts.pop(("chardevs", kept.name), None)
-                self._own("chardevs", kept)
+                key = ("chardevs", str(arguments["id"]))
+                old = self.parts.pop(key, None)
+                if kept is not None:
+                    self._own("chardevs", kept)
                 if old is not None:
                     old.close()
-                self._let_go(("chardevs", kept.name))
+                self._let_go(key)
             return reply
 
         return add()
