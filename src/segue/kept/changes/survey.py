@@ -135,7 +135,7 @@ class Changes(Kept):
         monitor, number = self.incumbent()
 
         async def add() -> Any:
-            if kept is None and command == "chardev-add":
+            if kept is None:
                 reply = await monitor.relay({"execute": command, "arguments": arguments})
             else:
                 lending = Lending(number, self.draft.binary)
