@@ -24,7 +24,6 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +71,8 @@ def save(supervisor: Supervisor, saver: Saver, asker: Client | None = None) -> d
         "state": supervisor.state,
         "exit_status": supervisor.exit_status,
         "next_number": supervisor.upgrader.number,
-        "first": _plain(machine.draft.binary),
-        "binary": _plain(supervisor.binary),
+        "first": machine.draft.binary.plain,
+        "binary": supervisor.binary.plain,
         "started": supervisor.started.to_json() if supervisor.started else None,
         "decisions": machine.draft.decisions,
         "values": machine.values.to_json(),
@@ -176,15 +175,6 @@ def close_all(loader: Loader) -> None:
     while loader.found:
         with contextlib.suppress(OSError):
             os.close(loader.found.popitem()[1])
-
-
-def _plain(binary: Binary) -> dict[str, Any]:
-    plain = asdict(binary)
-    plain["path"], plain["version"] = str(binary.path), list(binary.version)
-    plain["machines"] = dict(plain["machines"])
-    for name in ("capabilities", "commands", "cpu_models", "displays"):
-        plain[name] = sorted(plain[name])
-    return plain
 
 
 def _binary(plain: Mapping[str, Any]) -> Binary:

@@ -60,6 +60,8 @@ class Keeper:
         self._deposits: dict[int, dict[str, Deposit]] = {}
         self._sets = itertools.count(FDSETS)
         self._timer: asyncio.TimerHandle | None = None
+        self._began = -_PAUSE
+        self._again = False
         self._working: asyncio.Task[None] | None = None
         self._active = False
         self._depositing = asyncio.Lock()
@@ -108,22 +110,31 @@ class Keeper:
             self._working.cancel()
 
     def changed(self) -> None:
-        """Something is another than machine.json says. Cheap, and may be called at any time."""
+        """Something is another than machine.json says. Cheap, and may be called at any time.
+
+        It is acted on as soon as the caller is done, unless something else was just before: who
+        connects is lost by a kill until QEMU has been sent a duplicate.
+        """
         if self._active and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_PAUSE, self._due)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(max(loop.time(), self._began + _PAUSE), self._due)
 
     def _due(self) -> None:
         self._timer = None
         if self._supervisor.upgrader.busy:
             return  # at its end
         if self._working is not None:
-            self.changed()
+            self._again = True
             return
+        self._began = asyncio.get_running_loop().time()
         self._working = asyncio.ensure_future(self._work())
         self._working.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._working = None
+        if self._again:
+            self._again = False
+            self.changed()
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
 

@@ -32,6 +32,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ class Binary:
     cpu_models: frozenset[str]
     displays: frozenset[str]
     deferred_irqfd: bool
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """As JSON knows it. Made once: it is asked for at whatever happens (keeper.py)."""
+        plain = asdict(self)
+        plain["path"], plain["version"] = str(self.path), list(self.version)
+        plain["machines"] = dict(plain["machines"])
+        for name in ("capabilities", "commands", "cpu_models", "displays"):
+            plain[name] = sorted(plain[name])
+        return plain
 
     def machine(self, name: str | None) -> MachineType | None:
         """By name or alias, the default one for None; None if this QEMU knows no such type."""
