@@ -25,7 +25,7 @@ from typing import Any
 from segue import checkpoint, reexec
 from segue.detach import SIGNALS
 from segue.entrances import Entrances
-from segue.errors import InstanceDied, SegueError, advice
+from segue.errors import InstanceDied, MonitorClosed, SegueError, advice
 from segue.keeper import Keeper
 from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
@@ -130,17 +130,24 @@ class Supervisor:
                     await self._start(stack)
                 except asyncio.CancelledError:
                     return self.exit_status or 1
-                except InstanceDied as died:
-                    if self._suspended is not None:
-                        raise
-                    if self.detached or not self._ended.done():
-                        raise InstanceDied(died.what, hint=_WITHOUT_US) from None
-                    return self._ended.result()  # its own words, and ours, were seen already
+                except (InstanceDied, MonitorClosed) as error:
+                    return await self._ended_early(error)
                 self._starting = None
                 ready()
                 return await self._live()
         finally:
             self._clear_away()
+
+    async def _ended_early(self, error: SegueError) -> int:
+        """QEMU did not start, or its guest was off again before we had learnt all about it."""
+        if self._suspended is not None:
+            raise error
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_ANSWERS):
+                await asyncio.shield(self._ended)
+        if not self._ended.done() or (self.detached and isinstance(error, InstanceDied)):
+            raise type(error)(error.what, hint=_WITHOUT_US)
+        return self._ended.result()  # its own words, and ours, were seen already
 
     def handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -218,6 +225,7 @@ class Supervisor:
         self.started = mapped.remember(self.binary.path, self.instance.pid)
         await self.refresh()
         self.keeper.changed()
+        await self.guest_may_have_ended()
 
     async def take_up(
         self, stack: contextlib.ExitStack, data: dict[str, Any], loader: Loader

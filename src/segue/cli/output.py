@@ -13,7 +13,18 @@ from segue.errors import Refused, SegueError
 
 
 def prepare_streams() -> None:
-    """A terminal that lacks a character shows `?` for it; it is no reason to fail."""
+    """A terminal that lacks a character shows `?` for it; it is no reason to fail.
+
+    Nor is a stream that the caller has closed; and nothing of ours may be taken for it, least of
+    all for the input of a guest on stdio.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
