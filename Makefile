@@ -30,7 +30,7 @@ demo: demo-packages $(VENV)/run.stamp
 
 releases: test-packages
 	@$(PYTHON) scripts/qemu-releases
-	@$(PYTHON) scripts/passt
+	@$(PYTHON) scripts/trixie-programs
 
 guest: test-packages
 	@$(PYTHON) scripts/linux-guest

@@ -50,6 +50,11 @@ def passt() -> Path:
     return cache() / "passt"
 
 
+def newer_python() -> Path:
+    """A Python that is newer than the oldest that Segue runs on."""
+    return cache() / "python/root/usr/bin/python3"
+
+
 def accelerator() -> list[str]:
     """The bed is there for its KVM; elsewhere machines have what QEMU does without a word."""
     return ["-accel", "kvm"] if SLOW else []

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,17 @@ from pathlib import Path
 import pytest
 from qemu.qmp.qmp_client import ExecuteError
 
+import segue as segue_package
 from tests.qemu.conftest import tiny, unharmed, watch
-from tests.qemu.harness import Machine, Segue, descriptors, kill_between_turns, qemu, wait_until
+from tests.qemu.harness import (
+    Machine,
+    Segue,
+    descriptors,
+    kill_between_turns,
+    newer_python,
+    qemu,
+    wait_until,
+)
 from tests.qemu.test_lines import Terminal
 
 
@@ -176,6 +186,34 @@ def test_as_systemd_has_it(segue: Segue, place: Path) -> None:
     notices.close()
 
 
+def test_a_newer_python_and_back(segue: Segue, place: Path) -> None:
+    source = Path(segue_package.__file__).parents[1]
+    segue.environment["PYTHONPATH"] = os.fspath(source)
+    machine = segue.start("m", tiny(place, "7.2"))
+    assert machine.process is not None
+    console = watch(machine, place)
+
+    def runs_under(python: Path | str) -> None:
+        """Its command line says so, behind a loader too."""
+        assert machine.process is not None
+        command = Path(f"/proc/{machine.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert os.fsencode(python) in command[:3]
+
+    with machine.qmp() as qmp:
+        for python in (newer_python(), sys.executable, newer_python()):
+            done = segue("reexec", "m", "--python", os.fspath(python))
+            assert done.returncode == 0, done
+            runs_under(python)
+            unharmed(console)
+            assert qmp.command("query-status")["status"] == "running"
+            machine.handed_over("--to", qemu("10.0"), "--force")
+            unharmed(console)
+        # It is the one that is kept from now on.
+        assert segue("reexec", "m").returncode == 0
+        runs_under(newer_python())
+        unharmed(console)
+
+
 _GARBAGE = "no program"
 _NO_MODULE = "import sys; sys.modules['segue.supervisor'] = None"
 _OTHER_FORM = "import segue.checkpoint; segue.checkpoint.VERSION += 1"
@@ -202,6 +240,85 @@ class NewCode:
     def once(self, then: str) -> None:
         """It answers that it can, but then the file is another one."""
         self.write(f'{then}\nexec {shlex.quote(sys.executable)} "$@"')
+
+
+def test_another_release_of_segue_and_back(segue: Segue, place: Path) -> None:
+    """Its state has what this one does not know, and lacks what this one says: both ways."""
+    source = Path(segue_package.__file__).parent
+    other = place / "other/segue"
+    shutil.copytree(source, other, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def change(name: str, old: str, new: str) -> None:
+        text = (other / name).read_text()
+        assert text.count(old) == 1, (name, old)
+        (other / name).write_text(text.replace(old, new))
+
+    change("__init__.py", segue_package.__version__, "77.0.0")
+    change(
+        "checkpoint.py",
+        '"stored": supervisor',
+        '"unheard-of": {"of": [1, 2]}, "unstored": supervisor',
+    )
+    change(
+        "reexec.py",
+        '@section("segue-machine", version=1)',
+        '@section("segue-more", version=3, optional=True)\n'
+        "@dataclass(frozen=True)\n"
+        "class More:\n"
+        "    notes: tuple[str, ...]\n\n\n"
+        '@section("segue-machine", version=1)',
+    )
+    change("reexec.py", "    return State(\n", '    return State(\n        More(("a note",)),\n')
+    change("reexec.py", "arrival.load(Machine)", "arrival.load(Machine, More)")
+
+    new = NewCode(place)
+    machine = segue.start("m", tiny(place, "7.2"))
+    console = watch(machine, place)
+    path = {"77.0.0": other.parent, segue_package.__version__: source.parent}
+    with machine.qmp() as qmp:
+        for version in ("77.0.0", "77.0.0", segue_package.__version__, "77.0.0"):
+            new.once(f"export PYTHONPATH={shlex.quote(str(path[version]))}")
+            answer = qmp.command("segue-reexec", {"python": os.fspath(new.path)})
+            assert answer["segue"] == version
+            unharmed(console)
+            machine.handed_over("--to", qemu("10.0"), "--force")
+            unharmed(console)
+        # And where the one was killed, the other takes it up.
+        assert machine.process is not None
+        kill_between_turns(machine.process.pid)
+        machine.process.wait()
+        assert segue("recover", "m").returncode == 0
+        unharmed(console)
+        assert qmp.command("query-status")["status"] == "running"
+    machine.stop()
+
+
+_DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+_DIES_LATER = f"""import segue.checkpoint
+def recall(*_):
+    {_DIES}
+segue.checkpoint.recall = recall"""
+
+
+@pytest.mark.parametrize("fault", [_DIES, _DIES_LATER], ids=["begin", "loading"])
+def test_killed_while_it_becomes_newer_code(segue: Segue, place: Path, fault: str) -> None:
+    machine = segue.start("m", tiny(place, "7.2"))
+    assert machine.process is not None
+    console = watch(machine, place)
+    new = NewCode(place)
+    new.spoil("restart", fault)
+    with machine.qmp() as idle, machine.qmp() as asker:
+        pid = machine.qemu_pid
+        asker.begin("segue-reexec", {"python": os.fspath(new.path)})
+        assert machine.wait() == -signal.SIGKILL
+        asker.abandon()
+        assert segue("recover", "m").returncode == 0
+        assert machine.qemu_pid == pid
+        unharmed(console)
+        assert idle.command("query-status")["status"] == "running"
+    machine.handed_over("--to", qemu("10.0"))
+    unharmed(console)
+    machine.stop()
 
 
 def test_new_code_that_fails_at_any_point_leaves_the_old(segue: Segue, place: Path) -> None:
