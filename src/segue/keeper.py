@@ -10,11 +10,11 @@ QEMU makes the open files that it is sent block (qio_channel_socket_copy_fds() i
 channel-socket.c), for us too, and an instance that hangs does so at any later time. So what is
 sent is never read or written without MSG_DONTWAIT, or is made not to block just before.
 
-machine.json, format 1: {"format": 1, "machine": {...}, "descriptors": {NAME:
-{"identity": [...], "held": {"INSTANCE": NUMBER THERE}}}}. It is replaced as a whole whenever
-something is another, at most every 20 ms; while an upgrade is under way only at its beginning and
-end. `clients` is 256 bytes, shared memory: the N-th is 1 while something of the N-th QMP client's
-is in this process alone.
+machine.json, format 2: {"format": 2, "machine": {...}, "descriptors": {NAME:
+{"identity": [...], "held": {"INSTANCE": NUMBER THERE}}}} (sealed.py). It is replaced as a whole
+whenever something is another, at most every 20 ms; while an upgrade is under way only at its
+beginning and end. `clients` is 256 bytes, shared memory: the N-th is 1 while something of the N-th
+QMP client's is in this process alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import mmap
 import os
 import time
@@ -35,11 +34,12 @@ from segue.errors import SegueError
 from segue.qemu.instance import Instance
 from segue.qmp.server import FDSETS, MAX_CLIENTS
 from segue.saved import Identity, Named, Saver, identity
+from segue.sealed import seal
 
 if TYPE_CHECKING:
     from segue.supervisor import Supervisor
 
-FORMAT = 1
+FORMAT = 2
 _PAUSE = 0.02
 _PATIENCE = 10.0
 """Seconds for QEMU to take a descriptor."""
@@ -163,8 +163,8 @@ class Keeper:
             machine = checkpoint.save(self._supervisor, saver)
             self._supervisor.store.keep(saver)
             descriptors = {name: self._describe(name, each) for name, each in saver.found.items()}
-            text = json.dumps({"format": FORMAT, "machine": machine, "descriptors": descriptors})
-            new.write_text(text)
+            record = {"format": FORMAT, "machine": machine, "descriptors": descriptors}
+            new.write_bytes(seal(record))
             new.replace(path)
 
     def _describe(self, name: str, named: Named) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import time
@@ -38,6 +37,7 @@ from segue.qemu.binary import probe
 from segue.qemu.instance import MONITOR_ID, Instance
 from segue.qmp.server import FDSETS
 from segue.saved import Identity, Loader, identity
+from segue.sealed import Damaged, unseal
 from segue.store import Store, mark
 from segue.supervisor import Supervisor
 from segue.suspended import discard
@@ -92,19 +92,29 @@ class Recovery:
     def read(cls, directory: MachineDirectory) -> Recovery:
         """Raises NotRunning where no QEMU of it lives, Refused for what this code cannot read."""
         try:
-            record = json.loads(directory.machine.read_bytes())
-            if record["format"] != FORMAT:
-                raise Refused(
-                    f"machine {directory.name} was kept by another version of Segue",
-                    hint="recover it with that version",
-                )
-            machine, descriptors = record["machine"], record["descriptors"]
-        except (OSError, ValueError, KeyError) as error:
+            record = unseal(directory.machine.read_bytes())
+        except OSError as error:
             raise NotRunning(
                 f"there is nothing in {directory.path} from which the machine could be taken up: "
                 f"{error}",
                 hint="it had not started yet, or has ended",
             ) from None
+        except Damaged as error:
+            what = f"machine {directory.name} cannot be taken up: {directory.machine}: {error}"
+            pid = directory.left_running()
+            if pid is None:
+                raise NotRunning(what, hint="its QEMU has ended too", guest="dead") from None
+            raise Refused(
+                what,
+                hint=f"its QEMU (pid {pid}) runs on; end it, and start the machine again",
+                guest="running without a supervisor",
+            ) from None
+        if record["format"] != FORMAT:
+            raise Refused(
+                f"machine {directory.name} was kept by another version of Segue",
+                hint="recover it with that version",
+            )
+        machine, descriptors = record["machine"], record["descriptors"]
         said = journal.read(directory.journal) or {"phase": "done"}
         if "incumbent" not in said:
             first = machine["instances"][0]["instance"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from segue.sealed import seal, unseal
 from tests.qemu.conftest import migrates_as_ever, tiny, unharmed, watch
 from tests.qemu.harness import (
     Client,
@@ -202,8 +202,8 @@ def test_after_commit(orphan: Orphan, phase: str) -> None:
 
 def journal_says(orphan: Orphan, phase: str) -> None:
     path = orphan.machine.directory / "journal"
-    text = re.sub(r'"phase": "\w+"', f'"phase": "{phase}"', path.read_text().rstrip())
-    path.write_text(text.ljust(4096))
+    record = unseal(path.read_bytes().rstrip())
+    path.write_bytes(seal(record | {"phase": phase}).ljust(4096))
 
 
 def successor(orphan: Orphan) -> int:
@@ -246,6 +246,24 @@ def test_cont_was_not_answered(orphan: Orphan) -> None:
     assert not alive(before)
 
 
+def test_a_journal_that_cannot_be_read(orphan: Orphan) -> None:
+    """Whose the guest is it alone knows: both are left as they are."""
+    before = orphan.machine.qemu_pid
+    orphan.upgrade_until("move")
+    other = successor(orphan)
+    orphan.kill()
+    path = orphan.machine.directory / "journal"
+    whole = path.read_bytes()
+    assert b'"phase": "open"' in whole
+    path.write_bytes(whole.replace(b'"phase": "open"', b'"phase": "done"'))
+    assert "cannot be read" in orphan.recover(status=5).stderr
+    assert alive(before)
+    assert alive(other)
+    path.write_bytes(whole)
+    orphan.recover()
+    assert orphan.machine.qemu_pid == before
+
+
 def test_a_process_number_that_is_another_s(orphan: Orphan) -> None:
     """What has the pid of a QEMU, but not its start time, is left alone."""
     bystander = subprocess.Popen(["sleep", "1000"])
@@ -254,9 +272,9 @@ def test_a_process_number_that_is_another_s(orphan: Orphan) -> None:
         orphan.kill()
         os.kill(successor(orphan), signal.SIGKILL)
         path = orphan.machine.directory / "journal"
-        journal = json.loads(path.read_text())
+        journal = unseal(path.read_bytes().rstrip())
         journal["successor"]["pid"] = bystander.pid
-        path.write_text(json.dumps(journal).ljust(4096))
+        path.write_bytes(seal(journal).ljust(4096))
         orphan.recover()
         assert bystander.poll() is None
     finally:
