@@ -137,7 +137,7 @@ class MonitorClosed(QemuError):
 
 
 def advice(error: OSError) -> str | None:
-    """A hint for who named a file or an address that the system would not give."""
+    """A hint for who named a file or an address that the system would not give, or needs more."""
     match error.errno:
         case errno.EACCES | errno.EPERM:
             return (
@@ -145,6 +145,10 @@ def advice(error: OSError) -> str | None:
             )
         case errno.EADDRINUSE:
             return "another program listens there: end it, or choose another address"
+        case errno.EMFILE | errno.ENFILE:
+            return "give the supervisor more: prlimit --nofile=N --pid PID (segue ls --json has it)"
+        case errno.ENOSPC | errno.EDQUOT:
+            return "make room where the run directory is"
         case errno.ENOENT | errno.ENOTDIR:
             return "is the folder there?"
         case errno.EADDRNOTAVAIL:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 _PAUSE = 0.02
 _PATIENCE = 10.0
+_RETRY = 1.0
 """Seconds for QEMU to take a descriptor."""
 
 
@@ -140,11 +141,15 @@ class Keeper:
 
     async def _work(self) -> None:
         self.write()
-        await self._deposit(self._supervisor.instance)
+        try:
+            await self._deposit(self._supervisor.instance)
+        except OSError:  # no descriptors left: there will be some again
+            asyncio.get_running_loop().call_later(_RETRY, self.changed)
+            return
         self.write()
 
     async def safeguard(self) -> None:
-        """At once, for all instances. Raises SegueError where one does not answer."""
+        """At once, for all instances. Raises SegueError where one does not answer, OSError."""
         if not self._active:
             return
         await self.quiet()
@@ -184,7 +189,14 @@ class Keeper:
         checkpoint.save(self._supervisor, saver)
         wanted = {name: each.fd for name, each in saver.found.items() if not each.lent}
         # What is closed meanwhile must not become another file under its number.
-        copies = {name: os.dup(fd) for name, fd in wanted.items()}
+        copies: dict[str, int] = {}
+        try:
+            for name, fd in wanted.items():
+                copies[name] = os.dup(fd)
+        except OSError:
+            for fd in copies.values():
+                os.close(fd)
+            raise
         known = {each.number for each in self._supervisor.instances}
         for gone in self._deposits.keys() - known:
             del self._deposits[gone]

@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import segue
-from segue.qemu.instance import start_time
 
 if TYPE_CHECKING:
     from segue.supervisor import Supervisor
@@ -24,7 +23,7 @@ def report(supervisor: Supervisor) -> dict[str, Any]:
         "qemu_pid": instance.pid,
         "qemu_start_time": instance.start_time,
         "supervisor_pid": os.getpid(),
-        "supervisor_start_time": start_time(os.getpid()),
+        "supervisor_start_time": supervisor.start_time,
         "ram_bytes": supervisor.machine.ram_bytes,
         "since": supervisor.since,
         "upgrades": supervisor.upgrades,

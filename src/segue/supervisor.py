@@ -10,6 +10,7 @@ import segue.lean  # noqa: F401  # isort: skip  (before asyncio)
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ from segue.machines import MachineDirectory
 from segue.qemu import mapped
 from segue.qemu.binary import Binary, probe
 from segue.qemu.commandline import CommandLine
-from segue.qemu.instance import Instance
+from segue.qemu.instance import Instance, start_time
 from segue.qemu.monitor import ENDS_BY_ITSELF, Event
 from segue.qmp.commands import error_of
 from segue.qmp.gate import Gate
@@ -70,6 +71,8 @@ _LAST_ANSWERS = 10.0
 _WITHOUT_US = "QEMU itself says so; does it start from the same command line without Segue?"
 # Seconds for QEMU to say how its guest is, before that is "unresponsive".
 _HANGS = 2.0
+# Seconds until a status is written again for which there was no room or no descriptor.
+_RETRY = 1.0
 
 
 class Supervisor:
@@ -111,7 +114,10 @@ class Supervisor:
         self.guards: dict[int, Guard] = {}
         self.entrances: Entrances
         self.exit_status: int | None = None
+        # Once and for all: there may be no descriptor left to read it when it is asked for.
+        self.start_time = start_time(os.getpid())
         self._starting: asyncio.Task[Any] | None = None
+        self._status_is_late: asyncio.TimerHandle | None = None
         self._suppressed: frozenset[str] = frozenset()
         self._ended: asyncio.Future[int]
         self._tasks: set[asyncio.Task[None]] = set()
@@ -222,7 +228,6 @@ class Supervisor:
         self._keep(stack)
         if self._suspended is not None:
             await resume.go_on(self._suspended, self)
-        self.started = mapped.remember(self.binary.path, self.instance.pid)
         await self.refresh()
         self.keeper.changed()
         await self.guest_may_have_ended()
@@ -368,7 +373,14 @@ class Supervisor:
         """The instance of the moment runs `binary` now."""
         self.binary = binary
         self.upgrades += 1
-        self.started = mapped.remember(binary.path, self.instance.pid)
+        self.started = None
+        self._remember()
+
+    def _remember(self) -> None:
+        """What it was started from; later, where there is no descriptor left to look at it."""
+        if self.started is None:
+            with contextlib.suppress(OSError):
+                self.started = mapped.remember(self.binary.path, self.instance.pid)
 
     def record(self, receipt: dict[str, Any]) -> None:
         """Keep a receipt, also where the disk is full."""
@@ -425,7 +437,21 @@ class Supervisor:
                 self.state = "unresponsive"
             except SegueError:
                 pass
-        self.directory.write_status(self.status())
+        if self._status_is_late is not None:
+            self._status_is_late.cancel()
+            self._status_is_late = None
+        self._remember()
+        if not self._write_status():
+            loop = asyncio.get_running_loop()
+            self._status_is_late = loop.call_later(_RETRY, lambda: self._later(self.refresh()))
+
+    def _write_status(self) -> bool:
+        try:
+            return self.directory.write_status(self.status())
+        except OSError as error:  # no descriptors left
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return False
 
     def status(self) -> dict[str, Any]:
         return report(self)

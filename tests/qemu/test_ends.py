@@ -15,7 +15,7 @@ import pytest
 
 from tests.qemu.conftest import unharmed
 from tests.qemu.harness import Segue, qemu, wait_until
-from tests.qemu.survivor import PHASES, Survivor, limits
+from tests.qemu.survivor import PHASES, STARTED, Survivor, limits
 
 
 @pytest.fixture
@@ -249,6 +249,44 @@ def test_no_space_in_the_run_directory(place: Path) -> None:
             assert len(survivor.other.command("segue-history")) == 3
             (place / "run/fill").unlink()
             survivor.upgrade_works()
+            survivor.close()
+            survivor.machine.stop()
+            ended(survivor, 0)
+        finally:
+            segue.end()
+
+
+def test_no_space_from_each_phase_on(place: Path) -> None:
+    """It is done, or undone if the successor is killed besides; what is listed comes right."""
+    with small_tmpfs(place / "run"):
+        segue = Segue(place / "run", {"SEGUE_TESTING": "1"})
+        survivor = Survivor(place, segue=segue)
+        receipts = 0
+        try:
+            for phase in ("plan", *PHASES, "release", "retire"):
+                for kill in (False, True):
+                    if kill and phase not in STARTED:
+                        continue
+                    incumbent = survivor.machine.qemu_pid
+                    going = survivor.begin(phase)
+                    fill(place / "run/fill")
+                    if kill:
+                        os.kill(survivor.successor(), signal.SIGKILL)
+                    survivor.go_on()
+                    receipt = going.result(60)
+                    receipts += 1
+                    if kill:
+                        survivor.check(receipt, "failed", incumbent)
+                    else:
+                        assert receipt["result"] == "done", receipt
+                        assert survivor.qemus() == [receipt["to"]["pid"]]
+                    (place / "run/fill").unlink()
+                    running = incumbent if kill else receipt["to"]["pid"]
+                    wait_until("the list", lambda: survivor.machine.qemu_pid == running)  # noqa: B023
+                    survivor.well()
+                    survivor.upgrade_works()
+                    receipts += 1
+            assert len(survivor.other.command("segue-history")) == receipts
             survivor.close()
             survivor.machine.stop()
             ended(survivor, 0)

@@ -7,7 +7,9 @@ consecutive, the same nonce, no process or descriptor more than before, and the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -312,18 +314,50 @@ def test_incumbent_killed_at_commit(survivor: Survivor) -> None:
     survivor.well()
 
 
-def test_out_of_descriptors(survivor: Survivor) -> None:
-    import resource
-
-    assert survivor.machine.process is not None
-    pid = survivor.machine.process.pid
-    incumbent = survivor.machine.qemu_pid
-    used = max(int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir())
+@contextlib.contextmanager
+def descriptors_left(pid: int, count: int) -> Iterator[None]:
+    """Within it, the process can open so many more, and then none."""
+    used = {int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    free = (number for number in itertools.count() if number not in used)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 3, before[1]))
+    limit = next(itertools.islice(free, count, None))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
-        receipt = survivor.begin(None).result(60)
+        yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-    assert receipt["result"] in ("failed", "refused"), receipt
-    survivor.check(receipt, receipt["result"], incumbent)
+
+
+@pytest.mark.parametrize("phase", ["plan", *PHASES, "release", "retire"])
+def test_out_of_descriptors(survivor: Survivor, phase: str) -> None:
+    """From the beginning of that phase on. Done or undone, it is a whole upgrade or none."""
+    assert survivor.machine.process is not None
+    going = survivor.begin(phase)
+    with descriptors_left(survivor.machine.process.pid, 0):
+        survivor.go_on()
+        receipt = going.result(60)
+    done_or_undone(survivor, receipt)
+
+
+def done_or_undone(survivor: Survivor, receipt: dict[str, Any]) -> None:
+    if receipt["result"] == "done":
+        assert survivor.qemus() == [receipt["to"]["pid"]]
+        survivor.well()
+    else:
+        assert receipt["result"] in ("failed", "refused"), receipt
+        assert "Too many open files" in receipt["error"]["what"]
+        assert "prlimit --nofile" in receipt["error"]["hint"]
+        survivor.check(receipt, receipt["result"], receipt["from"]["pid"])
+
+
+def test_each_descriptor_that_cannot_be_had(survivor: Survivor) -> None:
+    """Every place where an upgrade opens something, in turn."""
+    assert survivor.machine.process is not None
+    for left in itertools.count():
+        with descriptors_left(survivor.machine.process.pid, left):
+            receipt = survivor.begin(None).result(60)
+        done_or_undone(survivor, receipt)
+        survivor.upgrade_works()
+        if receipt["result"] == "done":
+            break
+    assert left > 5

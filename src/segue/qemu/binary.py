@@ -36,7 +36,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from segue.errors import CommandFailed, MonitorClosed, Refused
+from segue.errors import CommandFailed, MonitorClosed, Refused, advice
 from segue.qemu.mapped import MainObject, main_object
 from segue.qemu.monitor import Monitor
 
@@ -293,7 +293,7 @@ async def _answering(path: Path, limit: float) -> AsyncIterator[tuple[Monitor, M
         ours, theirs = socket.socketpair()
     except OSError as error:
         words.close()
-        raise Refused(f"{path} cannot be run: {error.strerror}") from None
+        raise Refused(f"{path} cannot be run: {error.strerror}", advice(error)) from None
     hint = f"what is there must behave as qemu-system-* does; try: {path} --version"
     try:
         with ours, theirs, words:
@@ -326,7 +326,7 @@ async def _answering(path: Path, limit: float) -> AsyncIterator[tuple[Monitor, M
     except CommandFailed as error:
         raise Refused(f"{path} is no usable QEMU: {error.what}", hint) from None
     except OSError as error:
-        raise Refused(f"{path} cannot be run: {error.strerror}", hint) from None
+        raise Refused(f"{path} cannot be run: {error.strerror}", advice(error) or hint) from None
 
 
 class _LastWords:

@@ -27,6 +27,7 @@ from segue.errors import (
     Refused,
     SegueError,
     TimedOut,
+    advice,
 )
 from segue.qemu import migration
 from segue.qemu.instance import Instance
@@ -438,7 +439,8 @@ class Handover:
         elif isinstance(error, asyncio.CancelledError):
             told = called_off()
         elif isinstance(error, OSError):
-            told = SegueError(f"{error.strerror or error} in phase {self.phase.name}")
+            what = f"{error.strerror or error} in phase {self.phase.name}"
+            told = SegueError(what, advice(error))
         else:
             told = SegueError(f"internal error in phase {self.phase.name}: {error!r}")
         if isinstance(told, GuestLost):

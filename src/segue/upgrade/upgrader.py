@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from segue.errors import GuestLost, Refused, SegueError, TimedOut
+from segue.errors import GuestLost, Refused, SegueError, TimedOut, advice
 from segue.kept.base import Lending
 from segue.kept.description import Description
 from segue.qemu.binary import Binary
@@ -247,10 +247,7 @@ class Upgrader:
             receipt.failed(called_off())
             return receipt
         except Exception as error:
-            told = (
-                error if isinstance(error, SegueError) else SegueError(f"internal error: {error!r}")
-            )
-            receipt.failed(told)
+            receipt.failed(_as_told(error))
             return receipt
         finally:
             gc.enable()
@@ -505,3 +502,11 @@ def _busy() -> Refused:
         hint="wait for its end; `segue history` shows it then",
         guest="in the hands of the other upgrade",
     )
+
+
+def _as_told(error: Exception) -> SegueError:
+    if isinstance(error, SegueError):
+        return error
+    if isinstance(error, OSError):
+        return SegueError(f"{error.strerror or error}", advice(error))
+    return SegueError(f"internal error: {error!r}")
