@@ -351,17 +351,47 @@ static void stream(char **argument)
 
 /* ---- cpuid --------------------------------------------------------------------------------- */
 
+/* How many subleaves a leaf has, as far as the first one tells; each look at one is a trap to the
+ * hypervisor, and a hypervisor that is itself a guest takes its time over it. */
+static uint32_t subleaves(uint32_t leaf, const uint32_t first[4])
+{
+    switch (leaf) {
+    case 0x7: case 0x14: case 0x17: case 0x18: case 0x1d: case 0x20: case 0x23: case 0x24:
+        return first[0] + 1; /* EAX of subleaf 0 is the last one's number */
+    case 0x4: case 0xb: case 0xd: case 0xf: case 0x10: case 0x12: case 0x1b: case 0x1e: case 0x1f:
+    case 0x8000001d: case 0x80000020: case 0x80000026:
+        return 64;
+    default:
+        return 1;
+    }
+}
+
+/* Whether this subleaf says that there is none after it. */
+static bool is_end(uint32_t leaf, uint32_t a, uint32_t c)
+{
+    switch (leaf) {
+    case 0x4: case 0x8000001d:
+        return !(a & 0x1f); /* no more caches */
+    case 0xb: case 0x1f: case 0x80000026:
+        return !(c >> 8 & 0xff); /* no more levels of the topology */
+    case 0x12: case 0x1b:
+        return !(a & 0xf);
+    default:
+        return false;
+    }
+}
+
 static void show_leaf(int cpu, uint32_t leaf)
 {
-    /* Leaves without subleaves answer the same for each: shown once. */
     uint32_t first[4], a, b, c, d;
     __cpuid_count(leaf, 0, first[0], first[1], first[2], first[3]);
-    for (uint32_t sub = 0; sub < 64; sub++) {
+    uint32_t count = subleaves(leaf, first);
+    for (uint32_t sub = 0; sub < count && sub < 64; sub++) {
         __cpuid_count(leaf, sub, a, b, c, d);
-        bool same = a == first[0] && b == first[1] && c == first[2] && d == first[3];
-        if (sub && (same || !(a | b | c | d)))
-            continue;
-        printf("cpuid %d %08x.%x %08x %08x %08x %08x\n", cpu, leaf, sub, a, b, c, d);
+        if (!sub || a | b | c | d)
+            printf("cpuid %d %08x.%x %08x %08x %08x %08x\n", cpu, leaf, sub, a, b, c, d);
+        if (is_end(leaf, a, c))
+            break;
     }
 }
 
