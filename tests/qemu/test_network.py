@@ -422,6 +422,38 @@ def test_a_supervisor_that_is_killed(segue: Segue, place: Path, namespace: Names
     wait_until("the end of the supervisor", lambda: not guest.machine.directory.exists())
 
 
+@pytest.mark.parametrize("phase", ["move", "release"])
+def test_a_supervisor_that_is_killed_in_an_upgrade(
+    segue: Segue, place: Path, namespace: Namespace, phase: str
+) -> None:
+    """At `release` the guest runs on the successor, which has not been lent the queues yet."""
+    tap = f"tap,id=n0,ifname=t0,{scripts(place)}"
+    guest = Guest(
+        segue, place, namespace, linux(place, "-netdev", tap, "-device", "virtio-net,netdev=n0")
+    )
+    ping, stream = Ping(namespace), guest.inbound()
+    ping.wait()
+    with guest.machine.qmp() as qmp:
+        qmp.begin("segue-upgrade", {"to": qemu("10.0"), "x-break": [phase]})
+        qmp.event(phase=phase, state="break")
+        assert guest.machine.process is not None
+        guest.machine.process.kill()
+        guest.machine.process.wait()
+    with namespace.inside():
+        assert segue("recover", "net").returncode == 0
+    # What the guest sent to a supervisor that was dead is lost: TCP sends that again.
+    stream.wait()
+    ping.wait()
+    guest.machine.handed_over("--to", qemu("11.1"))
+    stream.wait()
+    stream.end()
+    ping.wait()
+    ping.end()
+    assert not ping.doubled
+    guest.machine.stop()
+    wait_until("the end of the supervisor", lambda: not guest.machine.directory.exists())
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_hundred_upgrades(segue: Segue, place: Path, namespace: Namespace) -> None:

@@ -434,7 +434,11 @@ class Tap(Kept):
         borrower = self._borrowers[number]
         if self._has_vhost:
             self._wake(borrower)
-        if not borrower.off or borrower.places[0].ours is None:
+        if not borrower.off:
+            return
+        if borrower.places[0].ours is None:
+            # Whoever was killed had not, or had; what its stand-ins were sent is lost.
+            self._lend_soon(borrower)
             return
         loop = asyncio.get_running_loop()
         announced = loop.call_later(_ANNOUNCED, self._lend_soon, borrower)
