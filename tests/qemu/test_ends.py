@@ -199,6 +199,27 @@ def test_stop_in_the_middle_of_an_upgrade(guest: Survivor) -> None:
     ended(guest, 0)
 
 
+def test_a_stop_that_comes_together_with_an_upgrade(guest: Survivor) -> None:
+    """Both are there at once; the upgrade has been begun, but has not done its first step."""
+    assert guest.machine.process is not None
+    supervisor = guest.machine.process.pid
+    commands = (
+        b'{"execute": "segue-upgrade", "arguments": {"force": true}}',
+        b'{"execute": "segue-stop", "arguments": {"timeout": 1}}',
+    )
+    clients = [guest.machine.connect(guest.machine.directory / "qmp.sock") for _ in commands]
+    for client in clients:
+        client.send(b'{"execute": "qmp_capabilities"}')
+        client.expect(rb'"return": \{\}')
+    os.kill(supervisor, signal.SIGSTOP)
+    for client, command in zip(clients, commands, strict=True):
+        client.send(command)
+    os.kill(supervisor, signal.SIGCONT)
+    clients[0].expect(b"the upgrade was called off")
+    clients[1].expect(b'"how": "quit"')
+    ended(guest, 0)
+
+
 def test_stop_of_what_hangs(guest: Survivor) -> None:
     """In the middle of an upgrade that waits for an incumbent which does not answer."""
     going = guest.begin("hold", **limits(hold=0.5, undo=0.5))

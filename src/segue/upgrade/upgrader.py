@@ -79,6 +79,7 @@ class Upgrader:
         self._host = host
         self.number = 1
         self._task: asyncio.Task[Receipt] | None = None
+        self._begun = False
         self._handover: Handover | None = None
         self._limits: Mapping[str, float] = {}
         self.breakpoints = Breakpoints()
@@ -162,6 +163,7 @@ class Upgrader:
         self, receipt: Receipt, work: Awaitable[None], limbo: asyncio.Future[Receipt]
     ) -> Receipt:
         """The receipt of a transaction at its end, or what can be said when it is in limbo."""
+        self._begun = False
         self._task = asyncio.ensure_future(self._recorded(receipt, work))
         await asyncio.wait((self._task, limbo), return_when=asyncio.FIRST_COMPLETED)
         if limbo.done():
@@ -216,10 +218,13 @@ class Upgrader:
         """Undo an upgrade that has not reached its commit point."""
         if self._task is None:
             return
-        if self._handover is None:
+        if self._handover is not None:
+            self._handover.call_off(self._task)
+        elif self._begun:
             self._task.cancel()
         else:
-            self._handover.call_off(self._task)
+            # Of a task that is cancelled before its first step nothing at all is done.
+            asyncio.get_running_loop().call_soon(self.call_off)
 
     def kill_both(self) -> None:
         """The end of an upgrade that waits for a QEMU which does not answer, and of the guest."""
@@ -235,6 +240,7 @@ class Upgrader:
 
     async def _recorded(self, receipt: Receipt, work: Awaitable[None]) -> Receipt:
         """Do the work of one transaction, and record how it ended."""
+        self._begun = True
         host = self._host
         incumbent = host.instance
         # A collection of garbage takes longer than all that we do in the blackout.
