@@ -257,6 +257,7 @@ class Recovery:
         if self.phase == resume.PHASE:
             live = await self._only(supervisor, loader, incumbent)
             await resume.finish(self.journal, live)
+            await _usual_settings(live)
             return live
         assert receipt is not None
         if self.phase == "release":

@@ -219,7 +219,7 @@ class Supervisor:
             resume.begin(self._suspended, self)
         await self.instance.connect(timeout=86400)
         if self._suspended is not None:
-            await resume.load(self._suspended, self.instance)
+            before = await resume.load(self._suspended, self.instance)
         self.entrances.open_qmp()
         self.serve(self.instance)
         await self.machine.learn(self.instance.monitor)
@@ -227,7 +227,7 @@ class Supervisor:
             self.machine.values.recall(self._suspended.machine["values"])
         self._keep(stack)
         if self._suspended is not None:
-            await resume.go_on(self._suspended, self)
+            await resume.go_on(self._suspended, self, before)
         await self.refresh()
         self.keeper.changed()
         await self.guest_may_have_ended()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.conftest import tiny, unharmed, watch
+from tests.qemu.conftest import migrates_as_ever, tiny, unharmed, watch
 from tests.qemu.harness import Client, Machine, Segue, alive, qemu, wait_until
 
 
@@ -67,6 +67,8 @@ def test_a_guest_goes_on_where_it_stopped(segue: Segue, place: Path, first: str,
     first_tick = int(after.expect(rb"tick (\d+)\r\n").group(1))
     assert ticks <= first_tick < ticks + 10_000
     assert not directory.exists()
+    with again.qmp() as qmp:
+        migrates_as_ever(qmp)
     again.handed_over("--to", qemu("10.0"), "--force")
     after.close()
     unharmed(watch(again, place))

@@ -55,10 +55,13 @@ async def lending(suspended: Suspended, supervisor: Supervisor) -> Lending:
     return Lending(supervisor.upgrader.next_number(), supervisor.binary, cpu)
 
 
-async def load(suspended: Suspended, instance: Instance) -> None:
-    """Load the state; the guest does not run yet. Raises SegueError with QEMU's reason."""
+async def load(suspended: Suspended, instance: Instance) -> migration.Settings:
+    """Load the state; the guest does not run yet. Raises SegueError with QEMU's reason.
+
+    Returns the settings for migrations that are to be put back when it runs.
+    """
     monitor = instance.monitor
-    await migration.configure(monitor, migration.RECEIVER - {"return-path"})
+    before = await migration.configure(monitor, migration.RECEIVER - {"return-path"})
     watch = MigrationWatch(instance)
     ours, theirs = socket.socketpair()
     try:
@@ -80,6 +83,7 @@ async def load(suspended: Suspended, instance: Instance) -> None:
     finally:
         ours.close()
         watch.close()
+    return before
 
 
 async def _cause(error: SegueError, instance: Instance) -> SegueError:
@@ -120,8 +124,11 @@ def begin(suspended: Suspended, host: Supervisor) -> None:
     breakpoints.die_at("marked")
 
 
-async def go_on(suspended: Suspended, host: Supervisor) -> None:
-    """Let the guest run, and make sure that this is never done twice. Raises SegueError."""
+async def go_on(suspended: Suspended, host: Supervisor, before: migration.Settings) -> None:
+    """Let the guest run, and make sure that this is never done twice. Raises SegueError.
+
+    `before` is what `load` gave.
+    """
     instance = host.instance
     breakpoints.die_at("loaded")
     # From here on the machine can be taken up.
@@ -141,6 +148,8 @@ async def go_on(suspended: Suspended, host: Supervisor) -> None:
     breakpoints.die_at("cont")
     suspended.resumed()
     breakpoints.die_at("removed")
+    with contextlib.suppress(SegueError):  # it has ended again: that is noticed elsewhere
+        await migration.restore(instance.monitor, before)
     host.journal.directory = None
     host.journal.write("done", instance, None)
     host.gate.open()
