@@ -501,6 +501,50 @@ def test_descriptors_of_clients(segue: Segue, place: Path) -> None:
     unharmed(console)
 
 
+def test_a_descriptor_that_qemu_has_left_is_nobodys(segue: Segue, place: Path) -> None:
+    """One that came with a command that was wrong: `getfd` without any takes it, in plain QEMU."""
+    guest = segue.start("guest", tiny(place, "7.2"))
+    console = watch(guest, place)
+    with socket.socket(socket.AF_UNIX) as sock, (place / "file").open("w") as file:
+        sock.connect(str(guest.directory / "qmp.sock"))
+        client = Client(sock)
+        guest.clients.append(client)
+        client.send(b'{"execute":"qmp_capabilities"}')
+        client.expect(rb'"return": \{\}')
+        wrong = b'{"execute":"getfd","arguments":{"name":"x"}}'
+        socket.send_fds(sock, [wrong], [file.fileno()])
+        client.expect(b"'fdname' is missing")
+        for line in (
+            b'{"execute":"getfd","arguments":{"fdname":"x"}}',
+            b'{"execute":"add-fd","arguments":{"fdset-id":7}}',
+            b'{"execute":"add-fd"}',
+        ):
+            start = len(client.data)
+            client.send(line)
+            client.expect(b"No file descriptor supplied via SCM_RIGHTS", start)
+    guest.handed_over("--to", qemu("10.0"))
+    unharmed(console)
+
+
+def test_a_character_device_that_is_nonsense(segue: Segue, place: Path) -> None:
+    """QEMU says so, and nobody waits for it."""
+    guest = segue.start("guest", tiny(place, "7.2"))
+    console = watch(guest, place)
+    path = {"type": "unix", "data": {"path": str(place / "more")}}
+    with guest.qmp() as client:
+        for data in (
+            {"addr": path, "websocket": "perhaps"},
+            {"addr": path, "telnet": 7},
+            {"addr": {"type": "inet", "data": {"host": "localhost", "port": []}}},
+            {"addr": {"type": "unix", "data": {"path": "\x00x"}}},
+        ):
+            backend = {"type": "socket", "data": data}
+            with pytest.raises(ExecuteError):
+                client.command("chardev-add", {"id": "more", "backend": backend})
+    guest.handed_over("--to", qemu("10.0"))
+    unharmed(console)
+
+
 def test_descriptors_of_the_command_line(segue: Segue, place: Path) -> None:
     """`-add-fd`, with a disk behind it: each QEMU has the same open file."""
     image = place / "image"

@@ -96,6 +96,39 @@ def test_a_bug_is_told_without_a_traceback(caplog: pytest.LogCaptureFixture) -> 
     run(test())
 
 
+@pytest.mark.parametrize("where", ["observer", "at once", "later"])
+def test_nobody_waits_for_what_a_bug_has_broken_off(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither its client, nor an upgrade, which waits until no command is under way."""
+
+    def break_off(*_: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    async def break_off_later() -> Any:
+        break_off()
+
+    async def test() -> None:
+        async with World() as world:
+            if where == "observer":
+                world.server.observers.append(break_off)
+            else:
+                later = where == "later"
+                world.server.carried_out["stop"] = lambda _: (
+                    break_off_later() if later else break_off()
+                )
+            peer = await world.client()
+            reply = await peer.call({"execute": "stop", "id": "a"})
+            assert reply["id"] == "a"
+            assert reply["error"]["desc"].startswith("stop failed: ZeroDivisionError")
+            assert not world.server.gate.in_flight
+            world.server.observers.clear()
+            assert "return" in await peer.call({"execute": "query-status"})
+        assert "Traceback" in caplog.text
+
+    run(test())
+
+
 def test_one_client_is_answered_in_order_and_others_meanwhile() -> None:
     async def test() -> None:
         async with World() as world:

@@ -65,17 +65,18 @@ class Lent(Kept):
             if (fd := loader.fd(f"set{index}")) is not None:
                 self._sets.append(_Fd(fd, fdset, opaque, number))
 
-    def observe(
-        self, command: str, arguments: dict[str, Any], fds: Sequence[int], answer: Any
-    ) -> None:
-        """A client's command was carried out; `answer` is what it returned."""
+    def observe(self, command: str, arguments: dict[str, Any], fds: list[int], answer: Any) -> None:
+        """A client's command was carried out; `answer` is what it returned.
+
+        A descriptor that is taken out of `fds` is ours.
+        """
         match command:
             case "getfd":
                 self._forget(arguments["fdname"])
-                self._named[arguments["fdname"]] = os.dup(fds[0])
+                self._named[arguments["fdname"]] = fds.pop()
             case "add-fd":
                 opaque = arguments.get("opaque")
-                self._sets.append(_Fd(os.dup(fds[0]), answer["fdset-id"], opaque, answer["fd"]))
+                self._sets.append(_Fd(fds.pop(), answer["fdset-id"], opaque, answer["fd"]))
             case "remove-fd":
                 self._remove(arguments["fdset-id"], arguments.get("fd"))
             case _ if self._named:

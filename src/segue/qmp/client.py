@@ -28,7 +28,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from segue.qmp.commands import error
+from segue.qmp.commands import TAKE_FD, error
 from segue.qmp.framing import Framer, Parsed
 from segue.qmp.gate import Passage
 
@@ -43,8 +43,6 @@ BURST = 16
 # As many as QEMU takes in.
 _OOB_QUEUE = 8
 _MAX_FDS = 16
-# QEMU takes the descriptor that came last when it carries one of these out.
-_TAKES_FD = frozenset({"getfd", "add-fd"})
 
 
 @dataclass(frozen=True)
@@ -284,7 +282,7 @@ class Client:
             return False
         message = parsed.value if isinstance(parsed.value, dict) else {}
         fds: list[int] = []
-        if self._fds and message.get("execute") in _TAKES_FD:
+        if self._fds and message.get("execute") in TAKE_FD:
             fds = self._take_fds(begin, self._parsed)
         request = Request(parsed, fds, self._parsed - begin)
         if self.oob and "exec-oob" in message and "execute" not in message:

@@ -51,6 +51,12 @@ EVENTS: Mapping[str, Members] = {
     "SEGUE_UPGRADE": {"phase": (str, True), "state": (str, True), "seconds": (float, False)},
 }
 
+# Commands of QEMU's that take the descriptor that came with them.
+TAKE_FD: Mapping[str, Members] = {
+    "getfd": {"fdname": (str, True)},
+    "add-fd": {"fdset-id": (int, False), "opaque": (str, False)},
+}
+
 
 class BadArguments(Exception):
     """The message is QEMU's."""

@@ -29,6 +29,7 @@ from segue.errors import MonitorClosed, SegueError
 from segue.qmp.client import Client, ClientState, Request, serialise
 from segue.qmp.commands import (
     EVENTS,
+    TAKE_FD,
     BadArguments,
     Command,
     Handler,
@@ -331,6 +332,10 @@ class QmpServer:
                 return
             if own or name == "query-events":
                 check_arguments(own.arguments if own else {}, arguments)
+            if name in TAKE_FD and not out_of_band and not request.fds:
+                # QEMU would take one that is left of a command that it refused, whoever's it was.
+                check_arguments(TAKE_FD[name], arguments)
+                raise BadArguments("No file descriptor supplied via SCM_RIGHTS")
             bare = {key: value for key, value in message.items() if key != "id"}
             # An id may be as long as it likes: it is not passed on.
             if request.size > MAX_RELAYED < (size := len(json.dumps(bare))):
@@ -374,23 +379,22 @@ class QmpServer:
         def start() -> None:
             assert self._upstream is not None, "nobody is greeted before there is one"
             ours = self.carried_out.get(name)
-            work = ours(message.get("arguments", {})) if ours else None
-            if work is None:
-                self._upstream.relay(message, request.fds).add_done_callback(done)
-            else:
-                asyncio.ensure_future(work).add_done_callback(done)
+            answer: asyncio.Future[Reply]
+            try:
+                work = ours(message.get("arguments", {})) if ours else None
+                if work is None:
+                    answer = self._upstream.relay(message, request.fds)
+                else:
+                    answer = asyncio.ensure_future(work)
+            except Exception as failure:
+                answer = asyncio.get_running_loop().create_future()
+                answer.set_exception(failure)
+            answer.add_done_callback(done)
 
         def done(future: asyncio.Future[Reply]) -> None:
             del client.passages[passage]
-            reply = _outcome(future, name)
-            if "return" in reply:
-                for observe in self.observers:
-                    observe(name, message.get("arguments", {}), request.fds, reply["return"])
-            edit = self.edits.get(name)
-            if edit is not None and "return" in reply:
-                reply = edit(reply)
             try:
-                client.answer(request, reply)
+                client.answer(request, self._outcome(future, request, name, message))
             finally:
                 # After the answer, so that those who wait are served before its next command.
                 self.gate.leave(passage)
@@ -399,6 +403,29 @@ class QmpServer:
         passage = Passage(name, read_only, start, "exec-oob" in message)
         client.passages[passage] = request
         self.gate.enter(passage)
+
+    def _outcome(
+        self, future: asyncio.Future[Reply], request: Request, name: str, message: dict[str, Any]
+    ) -> Reply:
+        """What the client is told; those who observe are told first."""
+        try:
+            reply = future.result()
+            if "return" in reply:
+                for observe in self.observers:
+                    observe(name, message.get("arguments", {}), request.fds, reply["return"])
+                if edit := self.edits.get(name):
+                    reply = edit(reply)
+        except (MonitorClosed, asyncio.CancelledError):
+            return error(
+                f"QEMU ended before it answered {name}: whether it was carried out cannot be known"
+            )
+        except SegueError as failure:
+            return error_of(failure)
+        except Exception as failure:
+            # It waits for an answer, and upgrades wait for its command's end.
+            self.log.exception("%s failed", name)
+            return error(f"{name} failed: {failure!r} (see the supervisor's log)")
+        return reply
 
     # What QEMU says of itself, and what we add
 
@@ -477,14 +504,3 @@ def _negotiate(client: Client, name: str, arguments: dict[str, Any]) -> Reply:
     client.negotiated = True
     client.oob = "oob" in enable
     return {"return": {}}
-
-
-def _outcome(future: asyncio.Future[Reply], name: str) -> Reply:
-    try:
-        return future.result()
-    except (MonitorClosed, asyncio.CancelledError):
-        return error(
-            f"QEMU ended before it answered {name}: whether it was carried out cannot be known"
-        )
-    except SegueError as failure:
-        return error_of(failure)

@@ -24,6 +24,15 @@ from segue.qemu.options import Params
 
 Reply = dict[str, Any]
 
+# Members of the back ends that we keep; QEMU takes no text for these.
+_TYPES = {
+    bool: frozenset(
+        "server wait telnet tn3270 websocket nodelay delay abstract tight ipv4 ipv6 append "
+        "logappend mux signal".split()
+    ),
+    int: frozenset(("reconnect", "reconnect-ms", "to")),
+}
+
 
 def memory(draft: Draft, arguments: Mapping[str, Any]) -> GuestRam | None:
     """Ours for an `object-add` of a memory backend; None for what is left to QEMU."""
@@ -89,6 +98,12 @@ def chardev(arguments: Mapping[str, Any]) -> Chardev | None:
                 params["input-path"] = params.pop("in")
         elif kind in ("pipe", "serial", "parallel"):
             params["path"] = params.pop("device")
+        if any(
+            type(params[key]) is not wanted
+            for wanted, keys in _TYPES.items()
+            for key in keys.intersection(params)
+        ):
+            return None
         return Chardev(arguments["id"], kind, Params.of(list(flatten(params))))
     except (KeyError, TypeError, AttributeError):
         return None
@@ -96,9 +111,12 @@ def chardev(arguments: Mapping[str, Any]) -> Chardev | None:
 
 def broker(found: Chardev | None, say: Callable[[str], None]) -> Broker | None:
     """What keeps it; None for what is left to QEMU."""
-    if found is None or "fd" in found.params or not keeping.is_kept(found):
+    if found is None or "fd" in found.params:
         return None
-    kept = keeping.make(found, out=say, err=say)
+    try:
+        kept = keeping.make(found, out=say, err=say) if keeping.is_kept(found) else None
+    except BadCommandLine:
+        return None  # QEMU says what is wrong with it
     return kept if isinstance(kept, Broker) else None
 
 
