@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +38,19 @@ def segue(place: Path) -> Iterator[Segue]:
         left = command.leftovers()
         command.end()
         assert not left, left
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[int]:
+    """How many huge pages of 2 MiB are free; the host is asked for some, and given them back."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    before = pool.read_text()
+    with contextlib.suppress(OSError):
+        pool.write_text(str(int(before) + 40))
+    free = re.search(r"HugePages_Free: +(\d+)", Path("/proc/meminfo").read_text())
+    yield int(free[1]) if free else 0
+    if pool.read_text() != before:
+        pool.write_text(before)
 
 
 def tiny(place: Path, release: str, *more: str, machine: str = "q35") -> list[str]:

@@ -196,30 +196,19 @@ def test_ovmf_keeps_its_variables(segue: Segue, place: Path) -> None:
         assert b"value-%d" % number in stored
 
 
-def test_huge_pages(segue: Segue, place: Path) -> None:
+def test_huge_pages(huge_pages: int, segue: Segue, place: Path) -> None:
     """Where the host gives some, RAM on them stays in place; else QEMU's refusal is passed on."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    before = int(pool.read_text())
-    try:
-        pool.write_text(str(before + 40))
-    except OSError:
-        pass
-    try:
-        free = re.search(r"HugePages_Free: +(\d+)", Path("/proc/meminfo").read_text())
-        argv = tiny(place, "7.2", "-object", "memory-backend-memfd,id=ram,size=64M,hugetlb=on")
-        argv += ["-machine", "memory-backend=ram"]
-        if free is None or int(free[1]) < 32:
-            guest = segue.start("guest", argv, wait=False)
-            assert guest.wait() == 1
-            return
-        guest = segue.start("guest", argv)
-        console = watch(guest, place)
-        for release in ROUND:
-            guest.handed_over("--to", qemu(release))
-            unharmed(console)
-        assert guest.process is not None
-        console.send(b"q")
-        assert guest.wait() == 0
-    finally:
-        if pool.read_text() != f"{before}\n":
-            pool.write_text(str(before))
+    argv = tiny(place, "7.2", "-object", "memory-backend-memfd,id=ram,size=64M,hugetlb=on")
+    argv += ["-machine", "memory-backend=ram"]
+    if huge_pages < 32:
+        guest = segue.start("guest", argv, wait=False)
+        assert guest.wait() == 1
+        return
+    guest = segue.start("guest", argv)
+    console = watch(guest, place)
+    for release in ROUND:
+        guest.handed_over("--to", qemu(release))
+        unharmed(console)
+    assert guest.process is not None
+    console.send(b"q")
+    assert guest.wait() == 0

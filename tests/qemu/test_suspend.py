@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,71 @@ def test_memory_on_a_file_system_of_the_users_comes_back_there(
     assert [k["identity"]["device"] for k in kept if k["kind"] == "ram"] == [device]
     unharmed(console)
     assert not list(shm.iterdir())
+
+
+@pytest.fixture
+def hugetlbfs() -> Iterator[Path]:
+    """A folder on hugetlbfs, which takes root."""
+    with tempfile.TemporaryDirectory(prefix="segue-") as folder:
+        subprocess.run(["mount", "-t", "hugetlbfs", "segue", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount takes root")
+@pytest.mark.parametrize("where", ["memfd", "folder", "file"])
+def test_memory_on_huge_pages(
+    huge_pages: int, hugetlbfs: Path, segue: Segue, place: Path, where: str
+) -> None:
+    """It comes back onto huge pages; what lies in a file of the user's is left there."""
+    memory = hugetlbfs / "memory"
+    words = {
+        "memfd": ["-object", "memory-backend-memfd,id=m0,size=64M,hugetlb=on"],
+        "folder": ["-object", f"memory-backend-file,id=m0,size=64M,mem-path={hugetlbfs}"],
+        "file": ["-object", f"memory-backend-file,id=m0,size=64M,share=on,mem-path={memory}"],
+    }
+    if where == "file":
+        with memory.open("wb") as file:
+            file.truncate(64 << 20)
+    argv = tiny(place, "7.2", "-M", "pc-q35-7.2", "-machine", "memory-backend=m0", *words[where])
+    if huge_pages < 32:
+        guest = segue.start("guest", argv, wait=False)
+        assert guest.wait() == 1
+        return
+    guest = segue.start("guest", argv)
+    console = watch(guest, place)
+    assert on_huge_pages(guest)
+    directory = place / "suspended"
+    for release in ("11.1", "10.0"):
+        suspend(guest, directory)
+        assert guest.wait() == 0
+        ticks = last_tick(console)
+        assert bool(list(directory.glob("ram-*"))) == (where != "file")
+        guest = resume(segue, directory, "--to", qemu(release))
+        assert on_huge_pages(guest)
+        after = guest.connect(place / "console")
+        assert ticks <= int(after.expect(rb"tick (\d+)\r\n").group(1)) < ticks + 10_000
+        after.close()
+        console = watch(guest, place)
+    guest.handed_over("--to", qemu("7.2"))
+    assert on_huge_pages(guest)
+    unharmed(console)
+
+
+def last_tick(console: Client) -> int:
+    """Of a guest that was suspended."""
+    console.wait(lambda: console.closed, "the end of the console")
+    assert console.witness is not None
+    return console.witness.ticks
+
+
+def on_huge_pages(guest: Machine) -> bool:
+    """Whether the kernel shows a mapping as large as the guest's memory on them."""
+    maps = Path(f"/proc/{guest.qemu_pid}/smaps").read_text()
+    found = re.findall(r"^Size: +(\d+) kB\nKernelPageSize: +2048 kB", maps, re.MULTILINE)
+    return "65536" in found
 
 
 def test_a_target_that_does_not_load_it(segue: Segue, place: Path) -> None:
