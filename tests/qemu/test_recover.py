@@ -6,19 +6,24 @@ that stayed connected, and the next upgrade works.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from segue.guest import Witness
 from segue.sealed import seal, unseal
 from tests.qemu.conftest import migrates_as_ever, tiny, unharmed, watch
 from tests.qemu.harness import (
@@ -27,10 +32,13 @@ from tests.qemu.harness import (
     Qmp,
     Segue,
     alive,
+    command_of,
     kill_between_turns,
     qemu,
     wait_until,
 )
+
+ROUNDS = 60
 
 
 class Orphan:
@@ -211,6 +219,20 @@ def successor(orphan: Orphan) -> int:
     return int(journal["successor"]["pid"])
 
 
+def test_in_an_undo(orphan: Orphan) -> None:
+    """The successor is dead, and the incumbent has not been told to go on."""
+    before = orphan.machine.qemu_pid
+    orphan.upgrade_until("commit")
+    orphan.kill()
+    doomed = successor(orphan)
+    os.kill(doomed, signal.SIGKILL)
+    wait_until("its death", lambda: not alive(doomed))
+    journal_says(orphan, "undo")
+    orphan.recover()
+    assert orphan.machine.qemu_pid == before
+    assert orphan.last_receipt()["result"] == "failed"
+
+
 def test_cont_was_not_sent(orphan: Orphan) -> None:
     """Only the journal had been written: the successor says that the guest has not run on it."""
     before = orphan.machine.qemu_pid
@@ -280,6 +302,44 @@ def test_a_process_number_that_is_another_s(orphan: Orphan) -> None:
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.long  # what it looks for is rare
+def test_at_any_moment(orphan: Orphan) -> None:
+    """No breakpoints, and no waiting for a turn to be over: what was on its way may be lost."""
+    chance = random.Random(6)
+    releases = itertools.cycle(("11.1", "10.0"))
+    last = followed(orphan.console)
+    for _ in range(ROUNDS):
+        with orphan.machine.qmp() as qmp:
+            qmp.begin("segue-upgrade", {"to": qemu(next(releases)), "force": True})
+            time.sleep(chance.uniform(0, 0.5))
+            pid = orphan.supervisor
+            os.kill(pid, signal.SIGKILL)
+            qmp.abandon()
+        if orphan.machine.process is not None and orphan.machine.process.pid == pid:
+            orphan.machine.process.wait()
+        wait_until("the supervisor's death", partial(is_dead, pid))
+        orphan.recover()
+        others = set(orphan.qemus()) - {orphan.machine.qemu_pid}
+        assert not others, [command_of(pid) for pid in others]
+        now = followed(orphan.console)
+        # It has neither begun anew nor gone back.
+        assert now.nonce == last.nonce
+        assert now.tick is not None and last.tick is not None and now.tick > last.tick
+        last = now
+
+
+def followed(console: Client) -> Witness:
+    """What the guest says from now on, unharmed."""
+    console.witness = witness = Witness()
+    console.wait(lambda: witness.nonces, "the guest's nonce")
+    unharmed(console)
+    return witness
+
+
+def is_dead(pid: int) -> bool:
+    return not alive(pid)
 
 
 def _clients(held: list[str]) -> int:

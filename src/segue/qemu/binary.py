@@ -363,16 +363,9 @@ async def _running(
     stdout: int = asyncio.subprocess.DEVNULL,
     stderr: int = asyncio.subprocess.DEVNULL,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process, killed with all that it started, and reaped, when the block is left.
-
-    QEMU does not end when its monitor's other side does, so it would outlive a supervisor that is
-    killed: hence setpriv (util-linux) where there is one. A `preexec_fn` could do the same, but
-    runs Python between fork and exec.
-    """
-    setpriv = _in_path("setpriv")
-    prefix = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
+    """A process, killed with all that it started, and reaped, when the block is left."""
     process = await asyncio.create_subprocess_exec(
-        *prefix,
+        *ends_with_us(),
         path,
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
@@ -388,6 +381,20 @@ async def _running(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+def ends_with_us() -> list[str]:
+    """What to put before a command that is to end when this process is killed.
+
+    QEMU does not end when its monitor's other side does: hence setpriv (util-linux) where there is
+    one. Its parent may have been killed before it asks to be told, so the parent is looked at
+    after. A `preexec_fn` could do the same, but runs Python between fork and exec.
+    """
+    setpriv = _in_path("setpriv")
+    if setpriv is None:
+        return []
+    check = '[ "$PPID" = "$0" ] && exec "$@"'
+    return [setpriv, "--pdeathsig", "KILL", "sh", "-c", check, str(os.getpid())]
 
 
 def _cache_directory() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from segue.kept.description import Description
 from segue.kept.values import expand_cpu
-from segue.qemu.binary import Binary
+from segue.qemu.binary import Binary, ends_with_us
 from segue.qemu.instance import Instance
 
 _LIMIT = 20.0
@@ -22,7 +22,15 @@ async def cpu(machine: Description, target: Binary) -> dict[str, Any]:
     Raises InstanceDied with its reason if it does not start under this accelerator.
     """
     line = machine.draft.command_line
-    argv = [str(target.path), "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+    argv = [
+        *ends_with_us(),
+        str(target.path),
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-S",
+    ]
     if machine.values.machine_type is not None:
         argv += ["-machine", machine.values.machine_type]
     for option in line.options:
