@@ -153,8 +153,18 @@ def test_a_watchdog_does_what_was_set_on_another_qemu(segue: Segue, place: Path)
         arm()
         do("set-action", {"watchdog": "pause"})
         guest.upgrade("10.0")
+        # Between comparison and stop: no `cont` of ours takes the place of its user's.
+        going = guest.qmp.begin("segue-upgrade", {"to": qemu("11.1"), "x-break": ["hold"]})
+        guest.qmp.event(phase="hold", state="break")
         starve()
-        wait_until("the pause", lambda: do("query-status")["status"] == "watchdog")
+        with guest.machine.qmp() as other:
+            wait_until("the pause", lambda: other.command("query-status")["status"] == "watchdog")
+            other.command("x-segue-continue")
+        receipt = going.result(60)
+        assert receipt["result"] == "failed", receipt
+        assert "stopped by its watchdog" in receipt["error"]["what"]
+        assert receipt["guest"] == "stopped on the incumbent"
+        assert do("query-status")["status"] == "watchdog"
         assert fired("pause")
         receipt = guest.machine.upgrade("--to", qemu("11.1"), status=5)
         assert "state is watchdog" in receipt["error"]["what"]

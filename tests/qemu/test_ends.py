@@ -233,11 +233,10 @@ def test_stop_of_what_hangs(guest: Survivor) -> None:
 
 
 @contextlib.contextmanager
-def small_tmpfs(path: Path) -> Iterator[None]:
+def small_tmpfs(path: Path, limit: str = "size=1m") -> Iterator[None]:
     path.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path)], check=True
-    )
+    options = f"{limit},mode=0700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
     try:
         yield
     finally:
@@ -308,6 +307,38 @@ def test_no_space_from_each_phase_on(place: Path) -> None:
                     survivor.upgrade_works()
                     receipts += 1
             assert len(survivor.other.command("segue-history")) == receipts
+            survivor.close()
+            survivor.machine.stop()
+            ended(survivor, 0)
+        finally:
+            segue.end()
+
+
+def test_no_space_for_a_paused_guest_that_goes_back(place: Path) -> None:
+    """Its images are opened by way of a socket on QEMU 7.2; all else is put back without that."""
+    disk = place / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    with small_tmpfs(place / "run", "nr_inodes=64"):
+        segue = Segue(place / "run", {"SEGUE_TESTING": "1"})
+        survivor = Survivor(place, "-drive", f"file={disk},if=virtio,format=raw", segue=segue)
+        try:
+            survivor.qmp.command("stop")
+            incumbent = survivor.machine.qemu_pid
+            going = survivor.begin("commit")
+            with contextlib.suppress(OSError):
+                for number in range(64):
+                    (place / f"run/fill{number}").mkdir()
+            os.kill(survivor.successor(), signal.SIGKILL)
+            survivor.go_on()
+            receipt = going.result(60)
+            assert receipt["result"] == "failed", receipt
+            assert any("images were not taken back" in each for each in receipt["warnings"])
+            assert survivor.qemus() == [incumbent]
+            for path in (place / "run").glob("fill*"):
+                path.rmdir()
+            survivor.qmp.command("cont")
+            survivor.well()
+            survivor.upgrade_works()
             survivor.close()
             survivor.machine.stop()
             ended(survivor, 0)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import ExecuteError
 
 from tests.qemu.conftest import watch
 from tests.qemu.hang import main_thread_hangs
@@ -72,6 +73,15 @@ def test_successor_hangs(survivor: Survivor, phase: str) -> None:
     os.kill(survivor.successor(), signal.SIGSTOP)
     survivor.go_on()
     survivor.check(going.result(60), "timed-out", incumbent)
+
+
+def test_out_of_time_before_the_guest_is_stopped(survivor: Survivor) -> None:
+    """What the incumbent was lent for its state, and has not used, it does not keep."""
+    incumbent = survivor.machine.qemu_pid
+    receipt = survivor.begin("hold", timeout=2).result(60)
+    survivor.check(receipt, "timed-out", incumbent)
+    with pytest.raises(ExecuteError):
+        survivor.qmp.command("closefd", {"fdname": "segue"})
 
 
 @pytest.mark.parametrize("phase", STARTED)

@@ -308,9 +308,21 @@ class Instance:
         v: dict[str, Any] = self.monitor.greeting["QMP"]["version"]["qemu"]
         return f"{v['major']}.{v['minor']}.{v['micro']}"
 
-    def on_end(self, callback: Callable[[int], None]) -> None:
-        """Call `callback` with the exit status as soon as the process has been reaped."""
-        self._ended.add_done_callback(lambda ended: callback(ended.result()))
+    def on_end(self, callback: Callable[[int], None]) -> Callable[[], None]:
+        """Call `callback` with the exit status as soon as the process has been reaped.
+
+        Returns how to end that.
+        """
+
+        def ended(future: asyncio.Future[int]) -> None:
+            callback(future.result())
+
+        self._ended.add_done_callback(ended)
+
+        def forget() -> None:
+            self._ended.remove_done_callback(ended)
+
+        return forget
 
     async def wait(self, timeout: float | None = None) -> int:
         """The exit status. Raises TimeoutError after `timeout` seconds."""

@@ -129,7 +129,7 @@ class MigrationWatch:
         self._seen: dict[str, float] = {}
         self._waiting: dict[asyncio.Future[str], tuple[str, ...]] = {}
         self._unlisten = instance.monitor.listen(self._event)
-        instance.monitor.on_close(self._closed)
+        self._forget = instance.monitor.on_close(self._closed)
 
     def _event(self, event: Event) -> None:
         if event["event"] != "MIGRATION":
@@ -172,6 +172,7 @@ class MigrationWatch:
 
     def close(self) -> None:
         self._unlisten()
+        self._forget()
 
 
 def _settle(future: asyncio.Future[str], status: str, wanted: tuple[str, ...]) -> None:

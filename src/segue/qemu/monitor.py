@@ -171,8 +171,10 @@ class Monitor:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    def on_close(self, callback: Callable[[], None]) -> None:
+    def on_close(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` when there is no connection any more; returns how to end that."""
         self._close_callbacks.append(callback)
+        return lambda: self._close_callbacks.remove(callback)
 
     @property
     def closed(self) -> bool:
@@ -192,7 +194,7 @@ class Monitor:
                 future.set_exception(error)
                 future.exception()
         self._pending.clear()
-        for callback in self._close_callbacks:
+        for callback in tuple(self._close_callbacks):
             callback()
 
     def _flush(self) -> None:

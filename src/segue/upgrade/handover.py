@@ -57,6 +57,12 @@ _WISHES = _ENDINGS | {
     "SUSPEND": "the guest suspended itself",
 }
 
+# Events that tell of a pause by the guest's own doing: the action that is one, and what did it.
+_PAUSES = {"BLOCK_IO_ERROR": ("stop", "an I/O error"), "WATCHDOG": ("pause", "its watchdog")}
+
+_CHANNEL = "segue"
+"""What QEMU calls its end of it."""
+
 # Seconds. In a new process nothing of the guest's code is translated yet, and no page is mapped:
 # at first it needs the processor more than we do. With the incumbent freed at once the gap was half
 # as long again (two processors, TCG).
@@ -99,7 +105,7 @@ class Handover:
         self._stack.callback(self.incumbent.monitor.listen(self._incumbent_event))
         if (task := asyncio.current_task()) is not None:
             # With the incumbent the guest is lost: there is nothing more to wait for.
-            self.incumbent.on_end(lambda _: self._incumbent_ended(task))
+            self._stack.callback(self.incumbent.on_end(lambda _: self._incumbent_ended(task)))
         try:
             async with asyncio.timeout(self.timeout) as budget:
                 await self._enter(PREPARE, self._prepare)
@@ -270,8 +276,8 @@ class Handover:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             for monitor, end in ((self.incumbent.monitor, ours), (self.successor.monitor, theirs)):
-                await monitor.execute("getfd", {"fdname": "segue"}, fds=[end.fileno()])
-        await self.successor.monitor.execute("migrate-incoming", {"uri": "fd:segue"})
+                await monitor.execute("getfd", {"fdname": _CHANNEL}, fds=[end.fileno()])
+        await self.successor.monitor.execute("migrate-incoming", {"uri": f"fd:{_CHANNEL}"})
 
     async def _hold(self) -> None:
         """The last moments before STOP: what clients send waits here from now on.
@@ -291,12 +297,13 @@ class Handover:
 
     async def _begin(self) -> None:
         """Have the incumbent stop its guest and send its state."""
-        await self.incumbent.monitor.execute("migrate", {"uri": "fd:segue"})
+        await self.incumbent.monitor.execute("migrate", {"uri": f"fd:{_CHANNEL}"})
 
     def _incumbent_event(self, event: Event) -> None:
         self._events.append(event)
         if event["event"] == "STOP" and self._migrating and self._went_round is None:
             self._went_round = asyncio.ensure_future(self._go_round())
+            self._stack.callback(_give_up, self._went_round)
 
     async def _go_round(self) -> None:
         """Two answers: QEMU's main loop runs again; it has gone round once."""
@@ -416,18 +423,14 @@ class Handover:
             # What came before the stop is in the state that was saved.
             if name in _WISHES and stopped:
                 raise SegueError(f"{_WISHES[name]} in the very moment", hint="upgrade again")
-            if name == "BLOCK_IO_ERROR" and event["data"]["action"] == "stop":
+            if (cause := _paused_by(event)) is not None:
                 raise SegueError(
-                    "the guest was stopped by an I/O error during the upgrade",
+                    f"the guest was stopped by {cause} during the upgrade",
                     guest="stopped on the incumbent",
                 )
 
     def _stopped_itself(self) -> bool:
-        return any(
-            e["event"] in _ENDINGS
-            or (e["event"] == "BLOCK_IO_ERROR" and e["data"]["action"] == "stop")
-            for e in self._events
-        )
+        return any(e["event"] in _ENDINGS or _paused_by(e) is not None for e in self._events)
 
     async def _fail(self, error: BaseException) -> None:
         """Undo, and put what happened into the receipt."""
@@ -435,7 +438,8 @@ class Handover:
         if isinstance(error, SegueError):
             told = error
         elif isinstance(error, TimeoutError):
-            told = TimedOut(f"the upgrade took longer than {self.timeout:g} s")
+            limit = "its time" if self.timeout is None else f"{self.timeout:g} s"
+            told = TimedOut(f"the upgrade took longer than {limit}, in phase {self.phase.name}")
         elif isinstance(error, asyncio.CancelledError):
             told = called_off()
         elif isinstance(error, OSError):
@@ -483,8 +487,8 @@ class Handover:
         for kept in self.surroundings.kept:
             try:
                 kept.restore()
-            except SegueError as error:
-                self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error.what}")
+            except (SegueError, OSError) as error:
+                self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error}")
 
     async def _undo(self) -> None:
         """The incumbent goes on. Raises GuestLost if it cannot."""
@@ -511,10 +515,9 @@ class Handover:
             elif self._migrating and not self._was_running:
                 try:
                     await images.activate(monitor, self.surroundings.directory)
-                except CommandFailed as error:
-                    self.receipt.warnings.append(f"its images were not taken back: {error.what}")
-            if self._before is not None:
-                await migration.restore(monitor, self._before)
+                except (CommandFailed, OSError) as error:
+                    self.receipt.warnings.append(f"its images were not taken back: {error}")
+            await self._as_before(monitor)
         except MonitorClosed:
             raise GuestLost(
                 str(await self.incumbent.death()), hint="see the machine's qemu.log", guest="lost"
@@ -531,6 +534,29 @@ class Handover:
             self.receipt.blackout_seconds = _seconds(resume) - _seconds(stop)
         self.surroundings.journal.write("done", self.incumbent, None)
         self.phase = PREPARE
+
+    async def _as_before(self, monitor: Monitor) -> None:
+        """The incumbent has what an upgrade has set, and what it was lent, no more."""
+        if self._before is not None:
+            try:
+                await migration.restore(monitor, self._before)
+            except CommandFailed as error:
+                self.receipt.warnings.append(f"settings for migrations: {error.what}")
+            # One that was not used.
+            with contextlib.suppress(CommandFailed):
+                await monitor.execute("closefd", {"fdname": _CHANNEL})
+
+
+def _paused_by(event: Event) -> str | None:
+    """What has made QEMU pause the guest, if the event tells of that."""
+    action, cause = _PAUSES.get(event["event"], (None, None))
+    return cause if action is not None and event["data"]["action"] == action else None
+
+
+def _give_up(task: asyncio.Task[None]) -> None:
+    """Nobody waits for it any more, nor for the reason why it failed."""
+    task.cancel()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def called_off() -> SegueError:

@@ -1,0 +1,72 @@
+"""Of the transaction, what real QEMUs do not bring about on demand (see tests/qemu)."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from segue.errors import MonitorClosed
+from segue.qemu.instance import Instance
+from segue.upgrade.handover import Handover
+from segue.upgrade.receipt import TIMED_OUT, Receipt
+from segue.upgrade.surroundings import Surroundings
+
+
+def handover(incumbent: Any = None) -> Handover:
+    return Handover(
+        incumbent=cast(Instance, incumbent),
+        target="x86_64",
+        surroundings=cast(Surroundings, None),
+        receipt=Receipt("guest", 0.0),
+    )
+
+
+def test_nobody_is_told_that_an_incumbent_died_which_nobody_asks_any_more() -> None:
+    """It dies right after STOP, when something else has failed already."""
+
+    def relay(_: Any) -> asyncio.Future[Any]:
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_exception(MonitorClosed("QEMU's monitor is closed"))
+        return answer
+
+    async def test() -> None:
+        told: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: told.append(what))
+        one = handover(SimpleNamespace(monitor=SimpleNamespace(relay=relay)))
+        one._migrating = True
+        one._incumbent_event({"event": "STOP"})
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        one._stack.close()
+        del one
+        await asyncio.sleep(0)
+        gc.collect()
+        assert not told
+
+    asyncio.run(test())
+
+
+def test_a_time_limit_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket's, say: it is undone like any other fault."""
+
+    async def test() -> None:
+        one = handover()
+        gone_back = []
+
+        async def go_back() -> None:
+            gone_back.append(True)
+
+        monkeypatch.setattr(one, "_go_back", go_back)
+        await one._fail(TimeoutError())
+        assert gone_back
+        assert one.receipt.result == TIMED_OUT
+        assert one.receipt.error is not None
+        assert (
+            one.receipt.error["what"] == "the upgrade took longer than its time, in phase prepare"
+        )
+
+    asyncio.run(test())
