@@ -89,8 +89,10 @@ class Ping:
             body = struct.pack("!BBHHHI", 8, 0, 0, 77, number & 0xFFFF, number) + bytes(self._size)
             body = body[:2] + struct.pack("!H", _checksum(body)) + body[4:]
             self.sent[number] = time.monotonic()
-            with contextlib.suppress(BlockingIOError):
+            try:
                 self._socket.sendto(body, (self._to, 0))
+            except TimeoutError:  # no room: it never left
+                del self.sent[number]
             number += 1
             due += self._pace
             time.sleep(max(0, due - time.monotonic()))

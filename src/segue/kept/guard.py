@@ -76,6 +76,7 @@ class Guard:
         self._reserved = -1
         self._requests: set[int] = set()
         self._watchers: dict[int, Watcher] = {}
+        self._watchers_of_any: list[tuple[int, Watcher]] = []
         self._wanted: dict[int, int] = {}
         self._done: Callable[[], None] = lambda: None
         self._bell: socket.socket | None = None
@@ -90,6 +91,14 @@ class Guard:
         """Have the `requests` on the instance's descriptor `fd` answered by `watcher`."""
         self._requests |= set(requests)
         self._watchers[fd] = watcher
+
+    def watch_any(self, request: int, watcher: Watcher) -> None:
+        """Have `request` answered by `watcher`, whichever descriptor of the instance it is for.
+
+        For what an instance opens itself. Of several watchers the first that does it counts.
+        """
+        self._requests.add(request)
+        self._watchers_of_any.append((request, watcher))
 
     def arm(self) -> None:
         """Make what the instance is to inherit, if there is anything to watch. Raises OSError."""
@@ -205,6 +214,7 @@ class Guard:
                 sock.close()
         self._close_channel()
         self._watchers.clear()
+        self._watchers_of_any.clear()
 
     def _close_reserved(self) -> None:
         if self._reserved >= 0:
@@ -233,12 +243,12 @@ class Guard:
 
     def _ioctl(self, notification: Notification) -> None:
         fd, request, argument = notification.arguments[:3]
-        watcher = self._watchers.get(fd)
-        if watcher is None:
-            notification.go_on()
-            return
+        call = Call(notification, request & 0xFFFFFFFF, argument)
+        watchers = [watcher for known, watcher in self._watchers_of_any if known == call.request]
+        if fd in self._watchers:
+            watchers.append(self._watchers[fd])
         try:
-            done = watcher.ioctl(Call(notification, request & 0xFFFFFFFF, argument))
+            done = any(watcher.ioctl(call) for watcher in watchers)
         except OSError as error:
             notification.fail(error.errno or 5)
         else:

@@ -12,11 +12,14 @@ sockets that never become readable, and its ioctls on them are answered by the g
               stand-ins; what its guest has sent meanwhile is passed on, the announcement is not
     undo      what the incumbent had set is set again, and it gets its queues back
 
-The kernel's vhost-net is told of the queues in `cont`, so there they are lent just before it. When
-it starts, QEMU throws away what it has read itself (virtio_net_vhost_status): so it is not woken
-to read before that, only afterwards, for a guest's driver that does without vhost. A stand-in under
-the incumbent's number is no matter to vhost: it ends at STOP by itself, leaves what has come in the
-queues, and what the guest has sent in the guest's rings.
+With the kernel's vhost-net it is the same, but vhost is never told of a stand-in. QEMU tells it
+of a queue, by a descriptor's number, whenever its guest goes on: in `cont`, or by itself when it
+sees a migration fail. That call waits for the guard, which puts another number in: that of a
+duplicate of the queue, which each instance holds. So vhost has the queue from `cont` on, and QEMU
+has only the stand-in. That matters, since what QEMU itself has read of a queue it throws away as
+vhost starts (virtio_net_vhost_status): the queue must not be in its place before the guest runs. At
+STOP vhost ends by itself; it leaves what has come in the queue, and what the guest has sent in the
+guest's ring.
 
 Why not at STOP: QEMU pauses its vCPUs before it says so, and throws away a packet that it reads
 meanwhile (do_vm_stop, net_vm_change_state_handler); one packet was lost in a third of handovers.
@@ -29,11 +32,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import select
 import shlex
 import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,16 +51,15 @@ from segue.qemu.monitor import Monitor
 from segue.saved import Loader, Saver
 
 VHOST_NET = Path("/dev/vhost-net")
+_VHOST_NET_SET_BACKEND = 0x4008AF30
+# struct vhost_vring_file: which ring, and a queue's descriptor or -1
+_VRING_FILE = struct.Struct("=Ii")
 
 # QEMU's own, where the user names none (include/net/net.h, net/tap.h).
 _SCRIPT, _DOWN_SCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
 _BRIDGE = "br0"
 _HELPER = "qemu-bridge-helper"
 _HELPER_FOLDERS = ("../lib/qemu", "../libexec")
-_NO_RIGHTS = (
-    "making an interface takes root; one that root has made for you is enough: "
-    "ip tuntap add dev NAME mode tap user YOU, then ifname=NAME,script=no,downscript=no"
-)
 
 # What says where the queues come from; our descriptors replace all of it.
 _ORIGIN = ("ifname", "script", "downscript", "br", "helper", "vnet_hdr", "queues", "fd", "fds")
@@ -180,7 +182,7 @@ class Tap(Kept):
             self._in_force = self._as_found()
             self._set_aside()
         except OSError as error:
-            raise SegueError(f"{self._option}: {error.strerror}", _hint(error)) from None
+            raise SegueError(f"{self._option}: {error.strerror}") from None
 
     # -- another process --------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ class Tap(Kept):
                 self.queues.append(fd)
         except OSError as error:
             raise SegueError(
-                f"could not configure {tun.DEVICE} ({name}): {error.strerror}", _hint(error)
+                f"could not configure {tun.DEVICE} ({name}): {error.strerror}"
             ) from None
         self.interface = name
         script = params.get("script", _SCRIPT)
@@ -343,6 +345,8 @@ class Tap(Kept):
         for queue, place in enumerate(borrower.places):
             watcher = Queue(self, number, queue)
             borrower.guard.watch(place.number, [*tun.SETTERS, *tun.GETTERS], watcher)
+        if self._has_vhost:
+            borrower.guard.watch_any(_VHOST_NET_SET_BACKEND, Backend(self, number))
 
     def ioctl(self, instance: int, queue: int, call: Call) -> bool:
         """What an instance asks of its queue; see `guard.Watcher`."""
@@ -363,6 +367,14 @@ class Tap(Kept):
         self._note(self._in_force, queue, request, value)
         self.changed()
         return True
+
+    def set_backend(self, instance: int, call: Call) -> None:
+        """vhost is told of a queue: it is to be the queue, whatever stands in its place."""
+        borrower = self._borrowers[instance]
+        ring, number = _VRING_FILE.unpack(call.read(_VRING_FILE.size))
+        for place, spare in zip(borrower.places, borrower.spares, strict=True):
+            if place.number == number:
+                call.write(_VRING_FILE.pack(ring, spare))
 
     def _lent(self, pid: int, number: int, fd: int) -> bool:
         """Whether the number still means our queue, or a stand-in for it."""
@@ -405,10 +417,7 @@ class Tap(Kept):
         self._before = dict(self._in_force)
         self._was_live, self._live = self._live, number
         self._set(successor.settings)
-        if self._has_vhost:
-            self._lend_queues(successor)
-        else:
-            successor.off = True
+        successor.off = True
 
     def restore(self) -> None:
         if self._before is not None:
@@ -416,12 +425,13 @@ class Tap(Kept):
             self._set(self._before)
             self._before = None
         borrower = self._borrowers[self._live]
-        if not borrower.off:
+        if not borrower.off or self._has_vhost:
             return
         try:
-            self._lend_queues(borrower)
+            borrower.guard.lend(self._places(borrower))
         finally:
             self._end_relay(borrower)
+        self._has_queues(borrower)
 
     def _end_relay(self, borrower: Borrower) -> None:
         for place, queue in zip(borrower.places, self.queues, strict=True):
@@ -432,8 +442,6 @@ class Tap(Kept):
         self._live = number
         self._before = None
         borrower = self._borrowers[number]
-        if self._has_vhost:
-            self._wake(borrower)
         if not borrower.off:
             return
         if borrower.places[0].ours is None:
@@ -472,11 +480,11 @@ class Tap(Kept):
         borrower.off = False
         borrower.lent.set()
         self._end_relay(borrower)
-        self._wake(borrower)
+        for place in borrower.places:
+            place.wake()
 
     def give_back(self) -> None:
-        if self._has_vhost:
-            self._wake(self._borrowers[self._live])
+        self._lend_soon(self._borrowers[self._live])
 
     def _is_announcement(self, frame: bytes) -> bool:
         """QEMU's own packet after a migration, for switches: the guest is where it was."""
@@ -491,18 +499,6 @@ class Tap(Kept):
             borrower.guard.close()
             for place in borrower.places:
                 place.close()
-
-    def _lend_queues(self, borrower: Borrower) -> None:
-        borrower.guard.lend(self._places(borrower))
-        borrower.off = False
-        borrower.lent.set()
-        if not self._has_vhost:
-            self._wake(borrower)
-
-    def _wake(self, borrower: Borrower) -> None:
-        if not borrower.off:
-            for place in borrower.places:
-                place.wake()
 
     def _places(self, borrower: Borrower) -> dict[int, int]:
         numbers = [place.number for place in borrower.places]
@@ -578,6 +574,18 @@ class Queue:
         return self.tap.ioctl(self.instance, self.number, call)
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What an instance tells vhost, on descriptors that it has opened itself."""
+
+    tap: Tap
+    instance: int
+
+    def ioctl(self, call: Call) -> bool:
+        self.tap.set_backend(self.instance, call)
+        return False
+
+
 def _given(option: Option, word: str) -> int:
     """A descriptor that whoever started us passed on. Raises SegueError if it is no tap."""
     try:
@@ -608,7 +616,3 @@ def _default_helper(program: str) -> str:
         if (place / _HELPER).exists():
             return str((place / _HELPER).resolve())
     return str(Path("/usr/lib/qemu") / _HELPER)
-
-
-def _hint(error: OSError) -> str | None:
-    return _NO_RIGHTS if error.errno in (errno.EPERM, errno.EACCES) else None
