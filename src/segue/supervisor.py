@@ -397,8 +397,9 @@ class Supervisor:
         name = event["event"]
         if name not in self._suppressed:
             self.server.emit(event)
-        if name == "DEVICE_DELETED" and "device" in event["data"]:
-            self.machine.changes.device_deleted(event["data"]["device"])
+        if name == "DEVICE_DELETED":
+            data = event["data"]
+            self.machine.changes.device_deleted(data["path"], data.get("device"))
         if name in ("SHUTDOWN", "GUEST_PANICKED"):
             self._later(self._guest_ended(name, event.get("data", {})))
         elif name in _STATE_EVENTS and not self.upgrader.busy:

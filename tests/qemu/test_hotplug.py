@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from pathlib import Path
 
+from tests.qemu.conftest import tiny
 from tests.qemu.harness import Segue, qemu, wait_until
 from tests.qemu.plugged import ROUND, Guest, disk
 
@@ -110,6 +113,65 @@ def test_controllers_networks_and_objects(segue: Segue, place: Path) -> None:
         guest.beats()
 
 
+def test_ports_that_slirp_forwards(segue: Segue, place: Path) -> None:
+    """Added, removed, and the port that QEMU chose: each stays what it is."""
+    net = "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:23"
+    argv = tiny(place, "7.2", "-netdev", net, "-device", "virtio-net-pci,netdev=n0")
+    guest = segue.start("guest", argv, "--net-user", "slirp")
+    with guest.qmp() as qmp:
+
+        def hmp(line: str) -> str:
+            return str(qmp.command("human-monitor-command", {"command-line": line}))
+
+        def forwards() -> set[tuple[str, ...]]:
+            listed = hmp("info usernet")
+            found = re.findall(r"(\w+)\[HOST_FORWARD\] +\d+ +(\S+) +(\d+) +\S+ +(\d+)", listed)
+            return {tuple(each) for each in found}
+
+        (port,) = [port for _, _, port, to in forwards() if to == "23"]
+        assert "removed" in hmp(f"hostfwd_remove n0 tcp:127.0.0.1:{port}")
+        assert hmp("hostfwd_add n0 tcp:127.0.0.1:0-:24") == ""
+        assert hmp("hostfwd_add n0 udp::0-:25") == ""
+        qmp.command("netdev_add", {"type": "user", "id": "n1"})
+        assert hmp("hostfwd_add n1 tcp:127.0.0.1:0-:26") == ""
+        before = forwards()
+        assert {to for _, _, _, to in before} == {"22", "24", "25", "26"}
+        for release in ("10.0", "11.1", "10.0"):
+            guest.handed_over("--to", qemu(release))
+            assert forwards() == before
+            for protocol, host, port, _ in before:
+                if protocol == "TCP":
+                    socket.create_connection((host, int(port))).close()
+
+
+def test_a_guest_unplugs_by_itself(segue: Segue, place: Path) -> None:
+    """Its slot's power is switched off; a device of the command line, and one that was added."""
+    first = disk(place / "first.raw")
+    more = (
+        *("-drive", f"if=none,id=first,file={first},format=raw"),
+        *("-device", "virtio-blk-pci,drive=first,id=first,bus=port0"),
+    )
+    with Guest(segue, place, "7.2", *more) as guest:
+        guest.plug_disk(disk(place / "second.raw"), "second", "second", "port1")
+        guest.plug_disk(disk(place / "third.raw"), "third", "third", "port2")
+        for name in ("vda", "vdb", "vdc"):
+            guest.disk_ready(f"/dev/{name}")
+        guest.upgrade("10.0")
+        for id, name in (("first", "vda"), ("second", "vdb")):
+            guest.run(
+                f"a=$(readlink -f /sys/block/{name} | sed 's|.*/\\([^/]*\\)[.]./virtio.*|\\1|'); "
+                "for s in /sys/bus/pci/slots/*; do "
+                "[ $(cat $s/address) = $a ] && echo 0 >$s/power; done; true"
+            )
+            guest.deleted(device=id)
+        for release in ("11.1", "7.2"):
+            guest.upgrade(release)
+            assert guest.run("ls /sys/block") == "vdc"
+            devices = guest.qmp.command("qom-list", {"path": "/machine/peripheral"})
+            assert {"first", "second", "third"} & {d["name"] for d in devices} == {"third"}
+        guest.beats()
+
+
 def test_processors_and_memory(segue: Segue, place: Path) -> None:
     # Without the heartbeat: on a busy host a new CPU would wait for the one that makes up for it.
     # And without what the guest's kernel does ill while a host lets one of its CPUs wait: it
@@ -125,16 +187,18 @@ def test_processors_and_memory(segue: Segue, place: Path) -> None:
         guest.qmp.command(
             "device_add", {"driver": empty[0]["type"], "id": "cpu9", **empty[0]["props"]}
         )
+        alone = guest.run("grep MemTotal /proc/meminfo")
+        # Movable, so that it can be unplugged.
+        guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks")
         guest.qmp.command(
             "object-add", {"qom-type": "memory-backend-ram", "id": "mem9", "size": 128 << 20}
         )
         guest.qmp.command("device_add", {"driver": "pc-dimm", "id": "dimm9", "memdev": "mem9"})
-        guest.run("echo online >/sys/devices/system/memory/auto_online_blocks")
         guest.until("test -d /sys/devices/system/cpu/cpu1")
         guest.run("echo 1 >/sys/devices/system/cpu/cpu1/online")
         guest.until("grep -q 1 /sys/devices/system/cpu/cpu1/online")
         blocks = "ls -d /sys/devices/system/memory/memory*"
-        guest.until(f"for m in $({blocks}); do echo online >$m/state; done; true")
+        guest.until(f"for m in $({blocks}); do echo online_movable >$m/state; done; true")
         memory = guest.run("grep MemTotal /proc/meminfo")
         for release in ("11.1", "7.2", "10.0"):
             guest.upgrade(release)
@@ -145,6 +209,33 @@ def test_processors_and_memory(segue: Segue, place: Path) -> None:
             )
             kept = guest.machine.status()["kept"]
             assert any(k["name"] == "mem9" and k["held"] for k in kept), kept
+        guest.upgrade("11.1")
+        guest.device_gone("dimm9")
+        guest.qmp.command("object-del", {"id": "mem9"})
+        unplug_cpu(guest)
+        for release in ("7.2", "10.0"):
+            guest.upgrade(release)
+            assert guest.run("cat /sys/devices/system/cpu/online") == "0"
+            assert guest.run("grep MemTotal /proc/meminfo") == alone
+            assert guest.qmp.command("query-memory-devices") == []
+        # Migrated after this, 10.0 hangs under TCG, and 7.2 crashes.
+        guest.qmp.command(
+            "device_add", {"driver": empty[0]["type"], "id": "cpu9", **empty[0]["props"]}
+        )
+        guest.until("test -d /sys/devices/system/cpu/cpu1")
+        unplug_cpu(guest)
+        assert any("a CPU that was unplugged" in why for why in guest.refused("11.1"))
+        assert guest.run("echo ali''ve") == "alive"
+
+
+def unplug_cpu(guest: Guest) -> None:
+    """There is an event for one of its parts only; it is told by the list."""
+    guest.qmp.command("device_del", {"id": "cpu9"})
+    folder = {"path": "/machine/peripheral"}
+    wait_until(
+        "unplugging the CPU",
+        lambda: "cpu9" not in [d["name"] for d in guest.qmp.command("qom-list", folder)],
+    )
 
 
 def test_a_device_of_the_command_line_is_unplugged(segue: Segue, place: Path) -> None:
@@ -255,6 +346,8 @@ def test_what_clients_set(segue: Segue, place: Path) -> None:
         set("set_link", {"name": "nic", "up": False})
         set("balloon", {"value": 200 << 20})
         set("migrate-set-parameters", {"downtime-limit": 1234, "max-bandwidth": 9999999})
+        xbzrle = {"capability": "xbzrle", "state": True}
+        set("migrate-set-capabilities", {"capabilities": [xbzrle]})
         set("set-action", {"watchdog": "none", "shutdown": "pause"})
         set("blockdev-change-medium", {"id": "cdrom", "filename": str(media[1])})
         guest.until("test $(cat /sys/class/net/eth0/carrier 2>/dev/null || echo 0) = 0")
@@ -271,6 +364,8 @@ def test_what_clients_set(segue: Segue, place: Path) -> None:
             parameters = set("query-migrate-parameters")
             assert parameters["downtime-limit"] == 1234
             assert parameters["max-bandwidth"] == 9999999
+            on = [c["capability"] for c in set("query-migrate-capabilities") if c["state"]]
+            assert on == ["xbzrle"]
             guest.until("dd if=/dev/sr0 bs=2k count=1 2>/dev/null | grep -q 'medium 1'")
         set("set_link", {"name": "nic", "up": True})
         guest.until("test $(cat /sys/class/net/eth0/carrier) = 1")
@@ -415,7 +510,7 @@ def test_memory_whose_size_is_asked_for(segue: Segue, place: Path) -> None:
                 "requested-size": 0,
             },
         )
-        guest.run("echo online >/sys/devices/system/memory/auto_online_blocks")
+        guest.run("echo online_movable >/sys/devices/system/memory/auto_online_blocks")
         do("qom-set", {"path": "vm0", "property": "requested-size", "value": 128 << 20})
 
         def size() -> int:
@@ -431,6 +526,11 @@ def test_memory_whose_size_is_asked_for(segue: Segue, place: Path) -> None:
         assert any("virtio-mem" in why for why in guest.refused("7.2"))
         do("qom-set", {"path": "vm0", "property": "requested-size", "value": 192 << 20})
         wait_until("plugging more", lambda: size() == 192 << 20)
+        do("qom-set", {"path": "vm0", "property": "requested-size", "value": 0})
+        wait_until("unplugging all of it", lambda: size() == 0)
+        guest.device_gone("vm0")
+        do("object-del", {"id": "vmem"})
+        guest.upgrade("7.2")
         guest.beats()
 
 

@@ -175,11 +175,11 @@ def test_lines_tell_graphs_apart() -> None:
 
 def test_the_record_forgets_what_is_gone_and_goes_through_json() -> None:
     record = Record()
-    record.device_deleted("cold")
+    record.device_deleted("/machine/peripheral/cold", "cold")
     record.note("device_add", {"driver": "x", "id": "cold"})
     record.note("device_add", {"driver": "x", "id": "hot"})
     record.note("set_link", {"name": "hot", "up": False})
-    record.device_deleted("hot")
+    record.device_deleted("/machine/peripheral/hot", "hot")
     record.note("object-add", {"qom-type": "iothread", "id": "io"})
     record.note("object-add", {"qom-type": "iothread", "id": "io2"})
     record.note("object-del", {"id": "io"})

@@ -9,8 +9,10 @@ import pytest
 
 from segue.errors import SegueError
 from segue.kept import passt, usernet
+from segue.kept.base import Lending
 from segue.kept.description import Description, describe
 from segue.kept.passt import Found, Passt
+from segue.kept.user import ForwardedPorts
 from segue.kept.usernet import Untranslatable
 from segue.qemu.binary import Binary
 from segue.qemu.commandline import CommandLine
@@ -165,8 +167,44 @@ def test_what_passt_cannot_do_is_told(judge: Judge) -> None:
 def test_slirp_on_demand(judge: Judge) -> None:
     found = judge("-netdev", "user,id=n0", net_user="slirp")
     assert networks(found) == []
-    assert others(found) == ["-netdev user,id=n0"]
+    (ports,) = [kept for kept in found.kept if isinstance(kept, ForwardedPorts)]
+    assert ports.identity() == {}
+    assert found.argv(Lending(2, found.draft.binary)).count("user,id=n0") == 1
     assert len(notes(found)) == 1
+
+
+USERNET = """Hub -1 (n0):\r
+  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r
+  TCP[HOST_FORWARD]  11       127.0.0.1 46055       10.0.2.15    22     0     0\r
+  UDP[HOST_FORWARD] 103               * 34334       10.0.2.15    24     0     0\r
+  TCP[ESTABLISHED]   14       127.0.0.1 46055       10.0.2.15    22     0     0\r
+\r
+Hub 0 (#net012):\r
+  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "now"),
+    [
+        (
+            "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22",
+            USERNET,
+            ["tcp:127.0.0.1:46055-10.0.2.15:22", "udp::34334-10.0.2.15:24"],
+        ),
+        ("user,hostfwd=tcp::1-:1", USERNET.partition("Hub 0")[0].replace("n0", "#net1"), None),
+        ("user,id=n0,hostfwd=unix:/s-:22", "Hub -1 (n0):\r\n", ["unix:/s-:22"]),
+        ("user,id=n0,hostfwd=tcp::1-:1", "Hub -1 (n0):\r\n", []),
+        ("user,id=n1,hostfwd=tcp::1-:1", USERNET, ["tcp::1-:1"]),
+        ("user,id=n1,hostfwd=tcp::1-:1", "unknown command", ["tcp::1-:1"]),
+    ],
+)
+def test_ports_that_are_forwarded_now(option: str, text: str, now: list[str] | None) -> None:
+    (parsed,) = CommandLine.parse(["qemu-system-x86_64", "-netdev", option]).options
+    ports = ForwardedPorts(parsed)
+    ports.learn_from(text)
+    now = ["tcp:127.0.0.1:46055-10.0.2.15:22", "udp::34334-10.0.2.15:24"] if now is None else now
+    assert ports.identity() == ({"hostfwd": now} if now else {})
 
 
 def test_passt_or_nothing(judge: Judge) -> None:

@@ -7,6 +7,7 @@ once the incumbent is dead.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from segue.errors import SegueError
@@ -27,8 +28,17 @@ _DEFAULT_CARD = "the default network card"
 _HAVE_DEFAULT_CARD = ("pc", "q35", "virt")
 
 
+_NETWORK = re.compile(r"^Hub -?\d+ \((.*)\):\r?$", re.MULTILINE)
+# Protocol, descriptor, then the host's address and port, then the guest's.
+_FORWARD = re.compile(
+    r"^ *(TCP|UDP)\[HOST_FORWARD\] +\d+ +(\S+) +(\d+) +(\S+) +(\d+) ", re.MULTILINE
+)
+# A rule that QEMU lists among the forwards.
+_LISTED = re.compile(r"(tcp|udp)?:[^:]*:\d+-[^:]*:\d+$")
+
+
 class ForwardedPorts(Kept):
-    """One network of slirp's with `hostfwd`."""
+    """One network of slirp's and its `hostfwd`, which clients may change (`hostfwd_add`)."""
 
     kind = "hostfwd"
 
@@ -42,6 +52,22 @@ class ForwardedPorts(Kept):
     def arguments(self, lending: Lending) -> list[str]:
         return self._first if lending.first else self._later
 
+    def learn_from(self, usernet: str) -> None:
+        """What HMP's `info usernet` tells; where `hostfwd` said port 0, the port that it became."""
+        _, *rest = _NETWORK.split(usernet)
+        listed = dict(zip(rest[::2], rest[1::2], strict=True))
+        if self._id is None and len(listed) == 1:
+            (text,) = listed.values()
+        elif self._id in listed:
+            text = listed[self._id]
+        else:
+            return  # QEMU gave it a name of its own
+        unlisted = [rule for rule in self._forwards if not _LISTED.match(rule)]
+        self._forwards = unlisted + [
+            f"{protocol.lower()}:{host.replace('*', '')}:{port}-{guest}:{number}"
+            for protocol, host, port, guest, number in _FORWARD.findall(text)
+        ]
+
     async def settle(self, monitor: Monitor) -> None:
         for forward in self._forwards:
             where = f"{self._id} {forward}" if self._id else forward
@@ -50,7 +76,7 @@ class ForwardedPorts(Kept):
                 raise SegueError(f"hostfwd {forward}: {said.strip()}")
 
     def identity(self) -> dict[str, Any]:
-        return {"hostfwd": self._forwards}
+        return {"hostfwd": self._forwards} if self._forwards else {}
 
 
 class UserRule:
@@ -81,10 +107,11 @@ class UserRule:
         if any("why" not in p and o.name == "nic" for o, p in zip(users, plans, strict=True)):
             draft.add(*default)
             cards.split(draft)
+        every = draft.decide("ports that clients forward", lambda: True, otherwise=False)
         for option, plan in zip(_users(draft), plans, strict=not default):
             if "why" not in plan:
                 _give_to_passt(draft, option, plan)
-            elif usernet.values(option.params, "hostfwd"):
+            elif every or usernet.values(option.params, "hostfwd"):
                 kept = ForwardedPorts(option)
                 draft.kept.append(kept)
                 draft.replace(option, kept)

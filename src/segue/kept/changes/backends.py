@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segue.errors import Blocker, CommandFailed
-from segue.kept import confined, usernet
+from segue.kept import confined
 from segue.kept.base import Kept, Part
 from segue.kept.changes import carried
 from segue.kept.changes.record import Record
@@ -201,9 +201,9 @@ def _netdev(found: Backends, arguments: Mapping[str, Any], draft: Draft) -> None
         return
     option = Option.of("netdev", Params.of(list(flatten(dict(arguments)))))
     if kind == "user":
-        ports = ForwardedPorts(option) if usernet.values(option.params, "hostfwd") else None
-        found.added.append(ports or option)
-        found.kept += [ports] if ports else []
+        ports = ForwardedPorts(option)
+        found.added.append(ports)
+        found.kept.append(ports)
         found.notes.append(Note(f"network '{id}'", DROPS))
         return
     judged = Draft(CommandLine(draft.command_line.program, (option,)), draft.binary)

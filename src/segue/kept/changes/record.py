@@ -15,6 +15,7 @@
  "properties": [[PATH, NAME, VALUE], ...],     qom-set
  "nbd": whether QEMU's NBD server was started,
  "text": ["COMMAND ID", ...],                  what was given to a human monitor
+ "cpu_unplugged": whether a CPU was, from the QEMU of the moment,
  "let_go": [[KIND, NAME], ...],                what was kept and is not there any more
  "baseline": what the first instance made of the command line (survey.py)}
 """
@@ -46,6 +47,7 @@ class Record:
     actions: dict[str, str] = field(default_factory=dict)
     properties: list[list[Any]] = field(default_factory=list)
     nbd: bool = False
+    cpu_unplugged: bool = False
     let_go: list[list[str]] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
@@ -61,8 +63,12 @@ class Record:
             elif not text and name in self.text:
                 self.text.remove(name)
 
-    def device_deleted(self, id: str) -> None:
+    def device_deleted(self, path: str, id: str | None) -> None:
         """QEMU's event, whoever asked for it: a client, or the guest."""
+        if path.endswith("/lapic"):  # of an x86 CPU this alone is told
+            self.cpu_unplugged = True
+        if id is None:
+            return
         if self.devices.pop(id, None) is None and id not in self.unplugged:
             self.unplugged.append(id)
         self._forget(id)

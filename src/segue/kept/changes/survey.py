@@ -15,6 +15,7 @@ from segue.kept.changes.settings import Settings, actions
 from segue.kept.display import VncAddress
 from segue.kept.draft import Draft, Note, Words
 from segue.kept.unkeepable import UnkeepableRule
+from segue.kept.user import ForwardedPorts
 from segue.qemu.commandline import CommandLine, Option
 from segue.qemu.monitor import Monitor
 from segue.saved import Loader, Saver
@@ -30,6 +31,8 @@ _KINDS = {
     "hostfwd": "netdevs",
     "chardev": "chardevs",
 }
+
+_FORGETS_NO_CPU = (11, 1)
 
 Key = tuple[str, str]
 
@@ -100,8 +103,8 @@ class Changes(Kept):
             self._let_go(key)
         self.changed()
 
-    def device_deleted(self, id: str) -> None:
-        self.record.device_deleted(id)
+    def device_deleted(self, path: str, id: str | None) -> None:
+        self.record.device_deleted(path, id)
         self.changed()
 
     def _object_add(self, arguments: dict[str, Any]) -> Awaitable[Any] | None:
@@ -197,11 +200,16 @@ class Changes(Kept):
         for kept in self.draft.kept:
             if isinstance(kept, VncAddress):
                 await kept.learn(monitor)  # a client may have given it another
+        ports = [k for k in (*self.draft.kept, *rest.kept) if isinstance(k, ForwardedPorts)]
+        usernet = await monitor.hmp("info usernet") if ports else ""
+        for each in ports:
+            each.learn_from(usernet)
         return [
             *disks.blockers,
             *rest.blockers,
             *_unkeepable(self.draft, found.added),
             *await jobs.blockers(monitor, now, record),
+            *await _unplugged_cpu(monitor, record),
         ]
 
     def _let_go(self, key: Key) -> None:
@@ -237,6 +245,7 @@ class Changes(Kept):
         gone = {*self.record.unplugged_anonymous, *self._anonymous_gone}
         self.record.unplugged_anonymous = sorted(gone)
         self._anonymous_gone = []
+        self.record.cpu_unplugged = False
         self.changed()
 
     # -- as every kept object -------------------------------------------------------------
@@ -335,6 +344,24 @@ def _made(item: Option | Part) -> Key | None:
     if isinstance(item, Kept) and item.kind in _KINDS:
         return _KINDS[item.kind], item.name
     return None
+
+
+async def _unplugged_cpu(monitor: Monitor, record: Record) -> list[Blocker]:
+    """Under TCG QEMU before 11.1 forgets to take an unplugged CPU from those whose memory's
+    listeners it calls at the start of a migration: 7.2 then ends by SIGABRT, 10.0 hangs.
+    """
+    if not record.cpu_unplugged or (await monitor.execute("query-kvm"))["enabled"]:
+        return []
+    version = (await monitor.execute("query-version"))["qemu"]
+    if (version["major"], version["minor"]) >= _FORGETS_NO_CPU:
+        return []
+    return [
+        Blocker(
+            "a CPU that was unplugged",
+            "without KVM, QEMU before 11.1 hangs or crashes when it is migrated after that",
+            "start the machine again",
+        )
+    ]
 
 
 def _unkeepable(draft: Draft, added: Sequence[dict[str, Any]]) -> list[Blocker]:
