@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from segue.qmp.framing import MAX_MESSAGE
 from segue.qmp.server import MAX_RELAYED
 from tests.qemu.conftest import tiny, unharmed, watch
-from tests.qemu.harness import Machine, Segue, qemu
+from tests.qemu.harness import Machine, Segue, qemu, wait_until
 from tests.qemu.test_qmp import Raw, begun, closing, qmp
 
 # As text, since 1 and 1.0 and true are equal to Python.
@@ -127,6 +131,34 @@ def test_what_would_take_qemu_long_to_read(segue: Segue, place: Path) -> None:
             assert "word" not in objects(client)
         client.command("object-add", secret(MAX_RELAYED - 1000))
         assert "word" in objects(client)
+
+
+def test_a_command_that_nobody_can_know_of(segue: Segue, place: Path) -> None:
+    """QEMU dies with it; that is what its client is told, and it alone."""
+    guest = segue.start("guest", tiny(place, "7.2"))
+    pid = guest.qemu_pid
+    client, other = Lines(guest), Lines(guest)
+    os.kill(pid, signal.SIGSTOP)
+    client.send('{"execute": "object-add", "arguments": {"qom-type": "x"}, "id": 7}')
+    wait_until("its sending", lambda: unread_by(guest) > 50)
+    os.kill(pid, signal.SIGKILL)
+    told = json.loads(client.line())
+    assert told["id"] == 7
+    assert "cannot be known" in told["error"]["desc"]
+    assert client.line() == other.line() == ""
+    client.close()
+    other.close()
+    guest.wait()
+
+
+def unread_by(machine: Machine) -> int:
+    """Bytes in the queue of QEMU's end of its monitor's socket pair."""
+    directory = Path(f"/proc/{machine.qemu_pid}/fd")
+    words = machine.status()["instance_command"]
+    (fd,) = re.findall(r"id=segue-monitor,fd=(\d+)", " ".join(words))
+    inode = os.readlink(directory / fd)
+    listed = subprocess.run(["ss", "-xH"], capture_output=True, text=True, check=True).stdout
+    return sum(int(line.split()[2]) for line in listed.splitlines() if inode[8:-1] in line.split())
 
 
 def secret(size: int) -> dict[str, Any]:

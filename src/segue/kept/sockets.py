@@ -60,7 +60,7 @@ class _SocketEndpoint(Endpoint):
         flag = ",server=on" if server else ""
         if isinstance(channel, SocketChannel):
             if channel.sock.family == socket.AF_UNIX:
-                return f"{self._where() if server else 'unix:'}{flag}"
+                return f"{self._where()}{flag}"
             with contextlib.suppress(OSError):  # it has just gone
                 ours, theirs = channel.sock.getsockname(), channel.sock.getpeername()
                 return f"{self._protocol}:{_joined(ours)}{flag} <-> {_joined(theirs)}"
