@@ -6,14 +6,13 @@ They are listened on once, and outlive each instance and each supervisor that is
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from segue.kept.description import Description
-from segue.kept.sockets import Server
+from segue.kept.sockets import ACCEPT_PAUSE, OUT_OF_ROOM, Server
 from segue.machines import MachineDirectory
 from segue.qmp.listener import Listener
 from segue.qmp.server import QmpServer
@@ -37,6 +36,7 @@ class Entrances:
         self._spared = False
         self._controls: list[Server] = []
         self._console: socket.socket | None = None
+        self._paused: asyncio.TimerHandle | None = None
         self._qmp: Listener | None = None
 
     def spare(self, on: bool) -> None:
@@ -100,6 +100,8 @@ class Entrances:
             self._accept_on_console()
 
     def close(self) -> None:
+        if self._paused is not None:
+            self._paused.cancel()
         if self._console is not None:
             asyncio.get_running_loop().remove_reader(self._console.fileno())
             self._console.close()
@@ -126,11 +128,21 @@ class Entrances:
         assert broker is not None and listener is not None
         listener.setblocking(False)
 
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                broker.attach(listener.accept()[0])
+        loop = asyncio.get_running_loop()
 
-        asyncio.get_running_loop().add_reader(listener.fileno(), accept)
+        def accept() -> None:
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if error.errno in OUT_OF_ROOM:
+                    loop.remove_reader(listener.fileno())
+                    self._paused = loop.call_later(
+                        ACCEPT_PAUSE, loop.add_reader, listener.fileno(), accept
+                    )
+                return
+            broker.attach(sock)
+
+        loop.add_reader(listener.fileno(), accept)
 
 
 async def _first_client(listeners: list[Listener]) -> None:

@@ -28,6 +28,7 @@ from segue.detach import SIGNALS
 from segue.entrances import Entrances
 from segue.errors import InstanceDied, MonitorClosed, SegueError, advice
 from segue.keeper import Keeper
+from segue.kept import yank
 from segue.kept.base import Kept, Lending
 from segue.kept.broker import Broker
 from segue.kept.changes.survey import Changes
@@ -492,7 +493,9 @@ class Supervisor:
         changes.incumbent = lambda: (self.instance.monitor, self.instance.number)
         changes.say = self.voice.say
         server.carried_out = changes.carries_out()
+        server.carried_out["yank"] = yank.refuse_ours
         server.edits["query-chardev"] = self.machine.correct_chardevs
+        server.edits["query-yank"] = yank.without_ours
         stack.callback(server.close)
         self.entrances = Entrances(self.directory, self.machine, server, self.voice.say)
         self.entrances.spare(self.store.used)

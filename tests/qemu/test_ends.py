@@ -56,7 +56,23 @@ def test_successor_killed_when_it_runs_the_guest(guest: Survivor, phase: str) ->
     guest.go_on()
     receipt = outcome(going)
     assert receipt["result"] == "lost", receipt
+    assert "SIGKILL" in receipt["error"]["what"]
     ended(guest, 128 + signal.SIGKILL)
+
+
+@pytest.mark.parametrize("phase", ["release", "retire"])
+def test_quit_when_the_successor_runs_the_guest(guest: Survivor, phase: str) -> None:
+    """That is what its user wants, and nothing is lost."""
+    going = guest.begin(phase)
+    successor = guest.successor()
+    guest.other.command("quit")
+    # A supervisor that has not noticed yet would say that it runs.
+    wait_until("its end", lambda: not Path(f"/proc/{successor}").exists())
+    guest.go_on()
+    receipt = outcome(going)
+    assert receipt["result"] == "done", receipt
+    assert receipt["guest"] == "ended"
+    ended(guest, 0)
 
 
 def test_kill_of_qemu_is_told_by_the_commands(guest: Survivor, place: Path) -> None:

@@ -526,6 +526,30 @@ def test_a_descriptor_that_qemu_has_left_is_nobodys(segue: Segue, place: Path) -
     unharmed(console)
 
 
+def test_a_console_whose_connection_is_yanked(segue: Segue, place: Path) -> None:
+    """QEMU is given another one; ours to QEMU are not there for clients."""
+    guest = segue.start("guest", tiny(place, "7.2"))
+    console = watch(guest, place)
+    with guest.qmp() as client:
+        mine = {"type": "chardev", "id": "serial0"}
+        assert client.command("query-yank") == [mine]
+        with pytest.raises(ExecuteError, match="Instance not found"):
+            client.command("yank", {"instances": [{"type": "chardev", "id": "segue-monitor"}]})
+        client.command("yank", {"instances": [mine]})
+        start = len(console.data)
+        console.witness = None
+        console.expect(rb"tick \d+\r\n", start)
+        console.close()
+        console = watch(guest, place)
+        for release in ("10.0", "7.2"):
+            guest.handed_over("--to", qemu(release))
+            unharmed(console)
+        start = len(console.data)
+        console.witness = None
+        console.send(b"r")
+        console.expect(rb"segue guest x86", start)
+
+
 def test_a_character_device_that_is_nonsense(segue: Segue, place: Path) -> None:
     """QEMU says so, and nobody waits for it."""
     guest = segue.start("guest", tiny(place, "7.2"))

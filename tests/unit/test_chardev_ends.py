@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from segue.errors import SegueError
+from segue.kept import sockets
 from segue.kept.broker import Broker
 from segue.kept.channel import Descriptor
 from segue.kept.chardev import KeptOutput, is_kept, make, unsupported
@@ -51,6 +53,35 @@ def _make_broker(chardev: Chardev) -> Broker:
     kept = make(chardev)
     assert isinstance(kept, Broker)
     return kept
+
+
+def test_nobody_turns_in_circles_without_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever calls waits until there are some again."""
+    monkeypatch.setattr(sockets, "ACCEPT_PAUSE", 0.3)
+    asked = 0
+
+    def accept(_: socket.socket) -> None:
+        nonlocal asked
+        asked += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        broker = broker_for(f"unix:{tmp_path}/s,server=on,wait=off")
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "accept", accept)
+            await broker.start()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(f"{tmp_path}/s")
+                await until(lambda: asked == 1)
+                await turns(20)
+                assert asked < 20
+                patch.undo()
+                await until(lambda: broker.connected)
+        broker.close()
+
+    run(main)
 
 
 # -- arguments ----------------------------------------------------------------------------

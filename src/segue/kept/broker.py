@@ -360,6 +360,10 @@ class Broker(Kept):
         self._write_client()
         self._write_viewers()
         pair, channel = self._pair, self._channel
+        if pair is not None and pair.broken and pair.ours is not None:
+            self._unwatch(pair)
+            pair.hang_up()
+            self._follow_client()
         room = len(self.to_guest) < TO_GUEST
         if pair is not None and pair.ours is not None:
             fd = pair.ours.fileno()
@@ -475,15 +479,17 @@ class Broker(Kept):
     def _follow_client(self) -> None:
         """Let QEMU see what the guest is to be told: that a client came, or went.
 
+        And give it a connection in the place of one that it has shut down.
+
         Not while the guest is stopped: QEMU would write the news into a guest whose memory is
         another instance's already. A new connection waits until the upgrade is over.
         """
         pair = self._pair
-        if not self._presence or self._held or pair is None or self._replacing is not None:
+        if self._held or pair is None or self._replacing is not None:
             return
         if self._previous is not None:
             return  # whether the guest runs is not known yet, and before it does QEMU tells nobody
-        if not self.connected:
+        if self._presence and not self.connected:
             if pair.ours is not None:
                 self._write_instance()
                 self._unwatch(pair)
@@ -497,19 +503,22 @@ class Broker(Kept):
                 )
 
     async def _replace(self, replace_backend: ReplaceBackend) -> None:
-        number, pair = self._serving, Pair.make()
+        number, pair = self._serving, None
         try:
+            pair = Pair.make()
             await replace_backend(self.name, pair.theirs.fileno())
-        except SegueError as error:
+        except (SegueError, OSError) as error:
             # QEMU refuses while the guest is paused.
             if not self._refused:
-                self._err(f"{self.name}: its client is not shown to the guest yet: {error.what}")
+                self._err(f"{self.name}: its client is not shown to the guest yet: {error}")
             self._refused = True
             self._retry = asyncio.get_running_loop().call_later(_RETRY, self._try_again)
-            pair.close()
+            if pair is not None:
+                pair.close()
             return
         except BaseException:
-            pair.close()
+            if pair is not None:
+                pair.close()
             raise
         finally:
             self._replacing = None

@@ -23,10 +23,10 @@ from segue.kept.ram import GuestRam, RamRule
 from segue.kept.unkeepable import UnkeepableRule
 from segue.kept.user import AUTO, UserRule
 from segue.kept.values import Values, ValuesRule
+from segue.kept.yank import OUR_OWN
 from segue.qemu.binary import Binary
 from segue.qemu.chardevs import Chardev, find_chardevs
 from segue.qemu.commandline import CommandLine
-from segue.qemu.instance import MONITOR_ID
 from segue.qemu.monitor import Monitor
 
 _CONSOLES = ("isa-serial", "pci-serial", "virtconsole", "sclpconsole", "spapr-vty")
@@ -105,7 +105,7 @@ class Description:
             if entry["label"] in brokers
             else entry
             for entry in reply["return"]
-            if entry["label"] != MONITOR_ID
+            if entry["label"] not in OUR_OWN
         ]
         return reply
 

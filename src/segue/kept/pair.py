@@ -37,12 +37,14 @@ _ALL = 1 << 19
 class Pair:
     """`ours` is None for a pair whose far side is closed: QEMU sees that nobody is there.
 
-    `inherited`: the instance has a duplicate of `ours` from its start.
+    `inherited`: the instance has a duplicate of `ours` from its start. `broken`: QEMU has shut the
+    connection down, as a client told it to (`yank`); nothing goes through it any more.
     """
 
     ours: socket.socket | None
     theirs: socket.socket
     inherited: bool = True
+    broken: bool = False
 
     @classmethod
     def make(cls, to_instance: int | None = _TO_INSTANCE, *, messages: bool = False) -> Pair:
@@ -104,14 +106,27 @@ class Pair:
             return self.ours.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
+        except ConnectionError:
+            self.broken = True
+            return 0
 
     def receive(self, size: int = _ALL) -> bytes:
         """What the instance has written, b"" if nothing waits."""
-        return _receive(self.ours, size) if self.ours else b""
+        if self.ours is None:
+            return b""
+        try:
+            data = self.ours.recv(size, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionError):
+            return b""
+        self.broken = self.broken or not data
+        return data
 
     def unread(self) -> bytes:
         """Take out what the instance has not read: of messages, the first."""
-        return _receive(self.theirs, _ALL)
+        try:
+            return self.theirs.recv(_ALL, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionError):
+            return b""
 
     def hang_up(self) -> None:
         """The instance sees that its peer is gone, whoever else has a duplicate."""
@@ -126,10 +141,3 @@ class Pair:
             self.ours.close()
             self.ours = None
         self.theirs.close()
-
-
-def _receive(sock: socket.socket, size: int) -> bytes:
-    try:
-        return sock.recv(size, socket.MSG_DONTWAIT)
-    except (BlockingIOError, ConnectionError):
-        return b""

@@ -20,6 +20,9 @@ from segue.saved import Loader, Saver
 
 _BACKLOG = 1  # as QEMU: others wait there while one is served
 _SUN_PATH = 108
+# Who cannot be accepted for one of these waits in the backlog, and the loop would turn around it.
+OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+ACCEPT_PAUSE = 1.0  # seconds
 
 
 class _SocketEndpoint(Endpoint):
@@ -193,7 +196,10 @@ class Server(_SocketEndpoint):
     def _ready(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:  # it has gone again
+        except OSError as error:  # it has gone again
+            if error.errno in OUT_OF_ROOM:
+                self._accept(False)
+                asyncio.get_running_loop().call_later(ACCEPT_PAUSE, self._accept, True)
             return
         self._accept(False)
         if self._first and not self._first.done():
@@ -328,7 +334,11 @@ class Client(_SocketEndpoint):
             addresses = [(one[0], one[4]) for one in found]
         reason: str | None = None
         for family, address in addresses:
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            except OSError as error:
+                reason = error.strerror
+                continue
             sock.setblocking(False)
             try:
                 await asyncio.get_running_loop().sock_connect(sock, address)

@@ -331,7 +331,12 @@ class Instance:
 
     async def death(self) -> InstanceDied:
         """An error that tells how QEMU ended and what it said last."""
-        status = await self.wait()
+        await self.wait()
+        return self.how_it_ended()
+
+    def how_it_ended(self) -> InstanceDied:
+        """As `death`, of one that does not run any more."""
+        status = self._ended.result()
         how = f"exit status {status}" if status < 128 else signal.Signals(status - 128).name
         said = f": {self.last_words[-1]}" if self.last_words else ""
         what = f"QEMU (pid {self.pid}) ended with {how}{said}"

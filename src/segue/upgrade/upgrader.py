@@ -490,10 +490,12 @@ class Upgrader:
         if receipt.mode == "suspend" and receipt.result == DONE:
             host.end(0)
             return
-        if receipt.result != LOST:
-            receipt.result = LOST
-            receipt.guest = "lost"
         status = current.exit_status
+        if status == 0 and not current.replaced and receipt.result != LOST:
+            receipt.guest = "ended"  # a client's `quit`, as soon as clients were answered again
+        elif receipt.result != LOST:
+            died = current.how_it_ended()
+            receipt.failed(GuestLost(died.what, hint=died.hint, guest="lost"))
         # That of a process which executed another program is not the guest's end.
         host.end(1 if status is None or current.replaced else status)
 
