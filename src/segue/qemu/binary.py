@@ -394,7 +394,9 @@ def ends_with_us() -> list[str]:
     if setpriv is None:
         return []
     check = '[ "$PPID" = "$0" ] && exec "$@"'
-    return [setpriv, "--pdeathsig", "KILL", "sh", "-c", check, str(os.getpid())]
+    told = [setpriv, "--pdeathsig", "KILL"]
+    # In the end setpriv again: of a program that cannot be run it says why, a shell "not found".
+    return [*told, "sh", "-c", check, str(os.getpid()), *told]
 
 
 def _cache_directory() -> Path:
