@@ -39,7 +39,8 @@ def run_suspended(suspended: Suspended, name: str, to: Path | None, *, detach: b
     os.chdir(suspended.machine["directory"])
     more = {
         "suspended": suspended,
-        "to": to,
+        # As for an upgrade: the path of the QEMU that ran it, not of the one it was started with.
+        "to": to or Path(suspended.machine["binary"]),
         "net_user": suspended.machine.get("net_user", AUTO),
     }
     if detach:

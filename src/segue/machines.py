@@ -179,7 +179,13 @@ class MachineDirectory:
 
         Raises NoSuchMachine, Refused where it has a supervisor.
         """
-        find_any(name)
+        machine = find_any(name)
+        if machine.running:
+            raise Refused(
+                f"machine {name} has a supervisor (pid {machine.supervisor_pid})",
+                hint="there is nothing to recover",
+                guest=machine.state,
+            )
         directory = cls(run_root() / name)
         directory._acquire(clear=False)
         return directory
@@ -450,7 +456,8 @@ def find(name: str) -> MachineStatus:
         )
     raise NotRunning(
         f"machine {name} is not running",
-        hint=f"start it again: segue run --name {name} -- QEMU ARGS...",
+        hint=f"start it again: segue run --name {name} -- QEMU ARGS...; "
+        f"or forget it: rm -r {machine.directory.path}",
         guest="dead",
     )
 

@@ -199,6 +199,7 @@ class Supervisor:
                 [kept for kept in self.machine.kept if isinstance(kept, KeptFile)]
             )
         self.voice.open_log(stack)
+        self._foretell()
         self._pidfile_write()
         found = self.store.open(mark(self.line, self.machine))
         for number, kept in enumerate(self.machine.kept):
@@ -232,6 +233,15 @@ class Supervisor:
         await self.refresh()
         self.keeper.changed()
         await self.guest_may_have_ended()
+
+    def _foretell(self) -> None:
+        """What stands in an upgrade's way, or would be lost, while it can still be changed."""
+        draft = self.machine.draft
+        for blocker in draft.blockers:
+            what = f"{blocker.what}: {blocker.why}; {blocker.remedy}"
+            self.voice.at_start(f"cannot be upgraded: {what}")
+        for note in draft.notes:
+            self.voice.at_start(f"not kept by an upgrade: {note.what}: {note.why}")
 
     async def take_up(
         self, stack: contextlib.ExitStack, data: dict[str, Any], loader: Loader

@@ -37,6 +37,11 @@ class Voice:
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.buffer.flush()
 
+    def at_start(self, text: str) -> None:
+        """Until the guest runs, whoever starts a detached machine is still there."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"segue: {self._directory.name}: {text}\n")
+
     def say(self, text: str) -> None:
         text = f"{self._directory.name}: {text}"
         if self._detached:

@@ -100,6 +100,19 @@ def test_the_callers_terminal_is_left_alone(segue: Segue, place: Path) -> None:
     assert segue("stop", "guest", "--timeout", "1").returncode == 0
 
 
+def test_what_an_upgrade_cannot_do_is_told_at_the_start(segue: Segue, place: Path) -> None:
+    """While the command line can still be changed."""
+    lost = ["-chardev", "ringbuf,id=ring,size=4096"]
+    caller = begin(segue, [*tiny(place, "10.0"), "-snapshot", *lost])
+    _, err = caller.communicate(timeout=60)
+    assert caller.returncode == 0
+    blocked, told = err.splitlines()
+    assert blocked.startswith("segue: guest: cannot be upgraded: -snapshot: ")
+    assert "make overlays with qemu-img" in blocked
+    assert told.startswith("segue: guest: not kept by an upgrade: chardev 'ring'")
+    assert segue("stop", "guest", "--timeout", "1").returncode == 0
+
+
 def test_an_error_is_seen_as_in_the_foreground(segue: Segue, place: Path) -> None:
     argv = [*tiny(place, "10.0"), "-device", "no-such-device"]
     caller = begin(segue, argv)

@@ -119,6 +119,7 @@ def test_cpr_exec_keeps_the_process(segue: Segue, place: Path) -> None:
         typed += letters
         receipt = guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
         assert (guest.qemu_pid == pid) == (mode == "cpr-exec")
+        assert receipt["to"]["pid"] == guest.qemu_pid
         assert all(kept.get("held", True) for kept in receipt["kept"]), receipt["kept"]
         assert not receipt["warnings"]
         pid = guest.qemu_pid

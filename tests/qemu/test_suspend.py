@@ -75,6 +75,23 @@ def test_a_guest_goes_on_where_it_stopped(segue: Segue, place: Path, first: str,
     unharmed(watch(again, place))
 
 
+def test_the_qemu_that_ran_it_last_goes_on(segue: Segue, place: Path) -> None:
+    """Not the one that it was started with, which may be gone, or too old for its state."""
+    guest = segue.start("guest", tiny(place, "7.2"))
+    watch(guest, place)
+    guest.handed_over("--to", qemu("10.0"))
+    directory = place / "suspended"
+    done = segue("suspend", "guest", "--to", str(directory))
+    assert done.stdout.splitlines() == [
+        f"guest: suspended in {directory}",
+        f"  it goes on by: segue resume {directory}",
+    ]
+    assert guest.wait() == 0
+    again = resume(segue, directory)
+    unharmed(watch(again, place))
+    assert again.status()["binary"] == qemu("10.0")
+
+
 def test_what_cannot_be_resumed_is_left_as_it_was(segue: Segue, place: Path) -> None:
     disk = place / "disk.raw"
     disk.write_bytes(bytes(1 << 20))

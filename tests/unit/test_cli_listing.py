@@ -267,6 +267,18 @@ def test_history_in_order(supervised: Supervised, capfd: pytest.CaptureFixture[s
     assert json.loads(capfd.readouterr().out) == past
 
 
+def test_history_names_what_stood_in_the_way(
+    supervised: Supervised, capfd: pytest.CaptureFixture[str]
+) -> None:
+    blocker = {"what": "-snapshot", "why": "each would have its own", "remedy": "leave it out"}
+    error = {"what": "this machine cannot be moved", "hint": None}
+    refused = receipt("web", "refused", error=error, blockers=[blocker], blackout_seconds=None)
+    supervised("web", {"segue-history": [refused]})
+    assert main(["history", "web"]) == 0
+    _, line = capfd.readouterr().out.splitlines()
+    assert line.endswith("-snapshot: each would have its own")
+
+
 def test_history_of_the_dead_is_read_from_what_they_left(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,20 @@ def test_nothing_changed_on_purpose(supervised: Supervised, capfd: Capture, resu
     assert out.startswith("web: ") and "10.0.2" in out and not err
 
 
+def test_what_was_not_done_has_lost_nothing(supervised: Supervised, capfd: Capture) -> None:
+    loss = {"what": "VNC viewers", "why": "they reconnect"}
+    supervised("web", receipt("web", "current", not_kept=[loss], blackout_seconds=None))
+    assert main(["upgrade", "web"]) == 0
+    assert capfd.readouterr().out == "web: already runs QEMU 10.0.2\n"
+
+
+def test_a_guest_that_was_paused_has_no_blackout(supervised: Supervised, capfd: Capture) -> None:
+    supervised("web", receipt("web", blackout_seconds=None))
+    assert main(["upgrade", "web"]) == 0
+    said = "web: QEMU 7.2.22 → 10.0.2, pid 10 → 11, 1 object kept\n"
+    assert capfd.readouterr().out == said
+
+
 @pytest.mark.parametrize(
     ("result", "exit_status"),
     [("failed", 1), ("refused", 5), ("timed-out", 6), ("lost", 8), ("never heard of", 8)],

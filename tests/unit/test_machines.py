@@ -112,6 +112,12 @@ def test_a_name_in_use_is_refused_and_says_by_whom(other_owner: subprocess.Popen
     assert e.value.hint is not None and "segue stop web" in e.value.hint
 
 
+def test_who_has_a_supervisor_needs_no_other(other_owner: subprocess.Popen[bytes]) -> None:
+    with pytest.raises(Refused, match=f"has a supervisor .pid {other_owner.pid}") as caught:
+        MachineDirectory.take_over("web")
+    assert caught.value.hint == "there is nothing to recover"
+
+
 def test_what_a_killed_owner_left_is_cleared_away(
     other_owner: subprocess.Popen[bytes], root: Path
 ) -> None:

@@ -46,6 +46,11 @@ def test_without_vfio_all_that_both_know() -> None:
     assert modes.choose("auto", modes.judge(new))[0].name == "handover"
 
 
+def test_a_reason_that_holds_for_both_is_told_once() -> None:
+    old = facts((7, 2, 0), (7, 2, 0))
+    assert len(modes.judge(old)["cpr-transfer"]) == 1
+
+
 def test_a_vfio_device_leaves_qemus_own_modes() -> None:
     with_vfio = facts((11, 1, 3), (11, 1, 3), "vfio-pci")
     assert possible(with_vfio) == ["cpr-transfer", "cpr-exec"]

@@ -1,10 +1,11 @@
 """A drawing of what was measured: heartbeats through time, and the gap against RAM.
 
-Drawn by matplotlib, which is large: it comes with the extra `plot`, and is imported here alone.
+Drawn by matplotlib, which is large, and imported here alone.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +107,7 @@ def _pyplot() -> Any:
     except ImportError:
         raise SegueError(
             "pictures are drawn by matplotlib, which is not installed",
-            hint="pip install 'segue[plot]'",
+            hint=f"{sys.prefix}/bin/pip install matplotlib",
         ) from None
     matplotlib.use("agg")
     from matplotlib import pyplot

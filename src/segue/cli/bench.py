@@ -95,7 +95,7 @@ def declare(commands: Commands) -> None:
         help="with --machine: where it prints `hb NUMBER NANOSECONDS` each millisecond",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw the figures into an .svg or .png (segue[plot])"
+        "--plot", metavar="FILE", help="draw the figures into an .svg or .png (takes matplotlib)"
     )
     parser.add_argument("--save", metavar="FILE", help="write the object of --json there as well")
     parser.add_argument("--json", action="store_true", help="print an object, with every run")

@@ -44,7 +44,9 @@ def declare(things: Commands) -> None:
         help=f"over user networking, each way; 0 for none (default {_TRANSFERS})",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw when answers came into an .svg or .png (segue[plot])"
+        "--plot",
+        metavar="FILE",
+        help="draw when answers came into an .svg or .png (takes matplotlib)",
     )
     parser.add_argument("--json", action="store_true", help="print an object")
     parser.set_defaults(run=run)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from segue import machines
 from segue.cli import output
+from segue.cli.upgrade import MODES, binary
 from segue.errors import CommandFailed, Refused, SegueError
 
 if TYPE_CHECKING:
@@ -29,16 +30,17 @@ def declare(commands: Commands) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="the machine")
     parser.add_argument(
-        "--to", metavar="BIN", help="the QEMU to move to (default: the path it was started from)"
+        "--to", metavar="BIN", help="the QEMU to move to (default: the path of the one that runs)"
     )
-    parser.add_argument("--mode", metavar="MODE", help="as for segue upgrade")
+    parser.add_argument(
+        "--mode", metavar="MODE", choices=MODES, help="as for segue upgrade (default auto)"
+    )
     parser.add_argument("--json", action="store_true", help="print an object")
     parser.set_defaults(run=run)
 
 
 def run(arguments: Namespace) -> int:
     from segue.cli import connection
-    from segue.cli.upgrade import binary
 
     request = {"to": binary(arguments.to)} if arguments.to else {}
     if arguments.mode:

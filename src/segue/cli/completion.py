@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Print a script that makes a shell complete the words of `segue`. It needs
-shtab: pip install 'segue[completion]'."""
+shtab, installed beside Segue; without it you are told how."""
 
 _EPILOG = """\
 to have it in the shell that you are in:
@@ -50,7 +51,7 @@ def run(arguments: Namespace) -> int:
     except ImportError:
         raise SegueError(
             "completion scripts are made by shtab, which is not installed",
-            hint="pip install 'segue[completion]'",
+            hint=f"{sys.prefix}/bin/pip install shtab",
         ) from None
     root = parser.build()
     for action in _actions(root):

@@ -31,7 +31,8 @@ _CHUNK = 65536
 
 _DESCRIPTION = """\
 Attach to the first serial console of a machine. Every key goes to the guest,
-Ctrl-C too; Ctrl-] detaches. Input may also come from a pipe."""
+Ctrl-C too; Ctrl-] detaches. Input may also come from a pipe; when that ends,
+what the guest prints is shown on until its console is closed (or Ctrl-C)."""
 
 
 def declare(commands: Commands) -> None:
@@ -44,10 +45,10 @@ def declare(commands: Commands) -> None:
 
 def run(arguments: Namespace) -> int:
     machine = machines.find(arguments.name)
-    with _connect(machine) as sock, _raw(sys.stdin.fileno()) as terminal:
+    with _connect(machine) as sock, _woken() as woken, _raw(sys.stdin.fileno()) as terminal:
         if terminal:
             output.say(f"attached to {machine.name}; Ctrl-] detaches\r")
-        detached = _relay(sock, sys.stdin.fileno(), sys.stdout.fileno(), terminal)
+        detached = _relay(sock, sys.stdin.fileno(), sys.stdout.fileno(), terminal, woken)
         if terminal:
             said = "detached" if detached else "the console was closed"
             output.say(f"\r\n{said}\r")
@@ -96,7 +97,20 @@ def _end_by_signal(number: int, _frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _relay(sock: socket.socket, source: int, sink: int, terminal: bool) -> bool:
+@contextmanager
+def _woken() -> Iterator[int]:
+    """What is readable once a signal has come: one that comes just before select() ends it too."""
+    woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(waker)
+    try:
+        yield woken
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)
+        os.close(waker)
+
+
+def _relay(sock: socket.socket, source: int, sink: int, terminal: bool, woken: int) -> bool:
     """Move bytes until the console closes (False) or the user detaches (True)."""
     sock.setblocking(False)
     to_guest = b""
@@ -105,7 +119,7 @@ def _relay(sock: socket.socket, source: int, sink: int, terminal: bool) -> bool:
         # While the guest does not read, we do not either: what was not typed needs no buffer.
         listened = sources if len(to_guest) < _CHUNK else []
         readable, _, _ = select.select(
-            [sock.fileno(), *listened], [sock.fileno()] if to_guest else [], []
+            [sock.fileno(), woken, *listened], [sock.fileno()] if to_guest else [], []
         )
         detach = b""
         if source in readable:

@@ -53,5 +53,12 @@ def _row(receipt: receipts.Receipt) -> list[object]:
         output.version(receipts.side(receipt, "to")["version"]),
         output.seconds(receipt["blackout_seconds"]),
         output.seconds(sum(receipt["phases"].values())),
-        output.one_line((receipt.get("error") or {}).get("what", "")),
+        _why(receipt),
     ]
+
+
+def _why(receipt: receipts.Receipt) -> str:
+    blockers = receipt.get("blockers")
+    if blockers:
+        return "; ".join(output.one_line(f"{each['what']}: {each['why']}") for each in blockers)
+    return output.one_line((receipt.get("error") or {}).get("what", ""))

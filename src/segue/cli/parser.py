@@ -123,7 +123,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser = build()
     arguments, unknown = parser.parse_known_args(own)
     if unknown:
-        raise UsageError(f"what does {' '.join(unknown)} mean here?", hint=f"segue {own[0]} --help")
+        command = f"segue {own[0]}" if own[0] in COMMANDS else "segue"
+        hint = f"{command} --help"
+        if own[0] == "run":
+            hint += "; QEMU's options follow its name: segue run -- qemu-system-x86_64 ARGS..."
+        raise UsageError(f"what does {' '.join(unknown)} mean here?", hint=hint)
     arguments.words = qemu
     return arguments
 

@@ -45,19 +45,23 @@ def sentence(receipt: Receipt) -> str:
     name = receipt["machine"]
     old, new = side(receipt, "from"), side(receipt, "to")
     before, after = output.version(old["version"]), output.version(new["version"])
-    blackout = f"blackout {output.seconds(receipt['blackout_seconds'])}"
+    # A guest that was paused all the time has none.
+    pause = receipt["blackout_seconds"]
+    blackout = "" if pause is None else f"blackout {output.seconds(pause)}, "
     match receipt["result"]:
+        case results.DONE if receipt["mode"] == "suspend":
+            return f"{name}: {receipt['guest']}"
         case results.DONE:
             return (
                 f"{name}: QEMU {before} → {after}, pid {old['pid']} → {new['pid']}, "
-                f"{blackout}, {output.counted(len(receipt['kept']), 'object')} kept"
+                f"{blackout}{output.counted(len(receipt['kept']), 'object')} kept"
             )
         case results.CURRENT:
             return f"{name}: already runs QEMU {after}"
         case results.REHEARSED:
             return (
-                f"{name}: QEMU {before} → {after} would work (rehearsed, {blackout}); "
-                "the guest runs on where it was"
+                f"{name}: QEMU {before} → {after} would work (rehearsed, {blackout}"
+                "the guest goes on where it was)"
             )
         case result:
             error = receipt.get("error") or {}
@@ -75,5 +79,7 @@ def tell(receipt: Receipt, successes: bool = True) -> None:
         )
     elif successes:
         print(sentence(receipt))
+        if receipt["result"] == results.CURRENT:
+            return  # nothing was lost, since nothing was done
         for loss in receipt["not_kept"]:
             print(f"  not kept: {output.one_line(loss['what'])}: {output.one_line(loss['why'])}")

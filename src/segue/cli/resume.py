@@ -22,7 +22,9 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "name", metavar="NAME|DIR", help="the machine, or the directory that it lies in"
     )
-    parser.add_argument("--to", metavar="BIN", help="the QEMU to use (default: the same path)")
+    parser.add_argument(
+        "--to", metavar="BIN", help="the QEMU to use (default: the path of the one that ran it)"
+    )
     parser.add_argument("--name", dest="new_name", metavar="NAME", help="give it another name")
     parser.add_argument("--detach", action="store_true", help="return when the guest is running")
     parser.set_defaults(run=run)

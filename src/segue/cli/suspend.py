@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
@@ -64,4 +65,6 @@ def run(arguments: Namespace) -> int:
     if arguments.json:
         output.print_json(receipt)
     receipts.tell(receipt, successes=not arguments.json)
+    if receipt["result"] == "done" and not arguments.json:
+        print(f"  it goes on by: segue resume {shlex.quote(to if arguments.to else machine.name)}")
     return receipts.exit_status(receipt)

@@ -21,11 +21,14 @@ _PATIENCE = 30.0
 # Without a --timeout its limits are those of the phases, which add up to much less than this.
 _LONGEST = 600.0
 
+# As segue.upgrade.modes has them, which is too much to import for --help.
+MODES = ("auto", "handover", "cpr-transfer", "cpr-exec", "migrate")
+
 _DESCRIPTION = """\
-Replace the QEMU of a running machine by another binary, by default the one
-that is now at the path it was started from. The guest stops for some
-milliseconds. Whatever goes wrong before the new QEMU has taken over ends with
-the guest running on in the old one, and says so."""
+Replace the QEMU of a running machine by another binary, by default by what is
+now at the path of the one that runs. The guest stops for some milliseconds.
+Whatever goes wrong before the new QEMU has taken over ends with the guest
+running on in the old one, and says so."""
 
 _EPILOG = """\
 exit codes: 0 done, or already current; 1 failed; 5 refused, nothing was
@@ -38,7 +41,7 @@ def declare(commands: Commands) -> None:
         "upgrade",
         help="replace the QEMU of a machine",
         usage="segue upgrade (NAME | --all) [--to BIN] [--mode MODE]\n"
-        "                     [--rehearse] [--force] [--timeout S]",
+        "                     [--rehearse] [--force] [--timeout S] [--json]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
@@ -58,7 +61,7 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "--mode",
         metavar="MODE",
-        choices=("auto", "handover", "cpr-transfer", "cpr-exec", "migrate"),
+        choices=MODES,
         help="the way to do it (default auto); segue check tells which ones would work",
     )
     parser.add_argument(

@@ -162,7 +162,7 @@ def find(name: str | Path) -> Path:
     if not path.is_file():
         raise Refused(f"{path} is not a file", hint="give the path of a QEMU system emulator")
     if not os.access(path, os.X_OK):
-        raise Refused(f"{path} is not executable", hint=f"chmod +x {path}")
+        raise Refused(f"{path} is not executable", hint="give the path of a QEMU system emulator")
     return path
 
 

@@ -168,6 +168,8 @@ class CprExec(Handover):
             place.lending.numbers,
         )
         self.surroundings.adopt(self.successor)
+        assert self.receipt.target is not None
+        self.receipt.target.pid = self.successor.pid
         return self.successor
 
     def _order(self, instance: Instance) -> None:

@@ -173,7 +173,7 @@ MODES = {
 
 def judge(facts: Facts) -> dict[str, tuple[Blocker, ...]]:
     """For each mode what stands against it alone."""
-    return {name: tuple(mode.judge(facts)) for name, mode in MODES.items()}
+    return {name: tuple(dict.fromkeys(mode.judge(facts))) for name, mode in MODES.items()}
 
 
 def choose(

@@ -318,7 +318,9 @@ class Upgrader:
         assert plan.rehearsal is not None
         started = time.monotonic()
         mode = MODES[plan.rehearsal]
-        rehearsal = replace(receipt, mode=mode.name, phases={})
+        assert receipt.target is not None
+        target = replace(receipt.target)  # each has a process of its own
+        rehearsal = replace(receipt, mode=mode.name, phases={}, target=target)
         await self._attempt(plan, mode, rehearsal, True, timeout, progress, limbo, "rehearsal.")
         receipt.rehearsal = rehearsal.to_json()
         receipt.phases["rehearsal"] = time.monotonic() - started
