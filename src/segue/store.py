@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from segue.cpr.systemd import Notifier
     from segue.kept.description import Description
     from segue.qemu.commandline import CommandLine
+
+
+_STORED = re.compile(r"[0-9a-f]{8}\.(kept|control)\d+\..+")
 
 
 def mark(line: CommandLine, machine: Description) -> str:
@@ -52,7 +56,10 @@ class Store:
         return cls(notifier, {each.name: each.fd for each in listen_fds()})
 
     def open(self, mark: str) -> Loader:
-        """What was stored of this machine. The rest is let go of, so that its ports are free."""
+        """What was stored of this machine. Another's is let go of, so that its ports are free.
+
+        What is no machine's is from a socket unit, and for whoever names its number (`fd=3`).
+        """
         self._mark = mark
         found: dict[str, int] = {}
         foreign = []
@@ -61,7 +68,7 @@ class Store:
             if whose == mark:
                 found[inner] = fd
                 self._stored[inner] = identity("self", fd)
-            else:
+            elif _STORED.fullmatch(name):
                 foreign.append(name)
                 os.close(fd)
         self._passed.clear()

@@ -53,7 +53,7 @@ def socks() -> Iterator[list[socket.socket]]:
 def held(**socks: socket.socket) -> Saver:
     saver = Saver(exact=False)
     for name, sock in socks.items():
-        saver.fd(name, sock.fileno(), outlives=True)
+        saver.fd(f"kept0.{name}", sock.fileno(), outlives=True)
     saver.fd("memory", 0, lent=True)
     return saver
 
@@ -66,44 +66,48 @@ def made(passed: dict[str, int] | None = None) -> tuple[Store, Systemd]:
 def test_what_comes_and_goes(socks: list[socket.socket]) -> None:
     one, other, third = socks
     store, systemd = made()
-    assert not store.open("m").found
+    assert not store.open("0123abcd").found
     store.keep(held(a=one, b=other))
-    assert sorted(systemd.heard()) == ["store m.a", "store m.b"]
+    assert sorted(systemd.heard()) == ["store 0123abcd.kept0.a", "store 0123abcd.kept0.b"]
     store.keep(held(a=one, b=other))
     assert systemd.heard() == []
     # Another one under its name.
     store.keep(held(a=third, b=other))
-    assert systemd.heard() == ["remove m.a", "store m.a"]
+    assert systemd.heard() == ["remove 0123abcd.kept0.a", "store 0123abcd.kept0.a"]
     store.keep(held(b=other))
-    assert systemd.heard() == ["remove m.a"]
+    assert systemd.heard() == ["remove 0123abcd.kept0.a"]
     store.clear()
-    assert systemd.heard() == ["remove m.b"]
+    assert systemd.heard() == ["remove 0123abcd.kept0.b"]
 
 
 def test_what_could_not_be_told_is_told_later(socks: list[socket.socket]) -> None:
     one, other, _ = socks
     store, systemd = made()
-    store.open("m")
+    store.open("0123abcd")
     systemd.full = True
     store.keep(held(a=one))
     systemd.full = False
     store.keep(held(a=one))
-    assert systemd.heard() == ["store m.a"]
+    assert systemd.heard() == ["store 0123abcd.kept0.a"]
     systemd.full = True
     store.keep(held(a=other))
     systemd.full = False
     store.keep(held(a=other))
-    assert systemd.heard() == ["remove m.a", "store m.a"]
+    assert systemd.heard() == ["remove 0123abcd.kept0.a", "store 0123abcd.kept0.a"]
 
 
 def test_what_is_passed_is_ours_or_let_go_of(socks: list[socket.socket]) -> None:
-    one, other, _ = socks
-    mine, foreign = os.dup(one.fileno()), os.dup(other.fileno())
-    store, systemd = made({"m.a": mine, "n.a": foreign})
-    assert store.open("m").fd("a") == mine
-    assert systemd.heard() == ["remove n.a", "barrier"]
+    one, other, third = socks
+    mine, foreign, given = os.dup(one.fileno()), os.dup(other.fileno()), third.fileno()
+    store, systemd = made(
+        {"0123abcd.kept0.a": mine, "12345678.kept0.a": foreign, "web.socket": given}
+    )
+    assert store.open("0123abcd").fd("kept0.a") == mine
+    assert systemd.heard() == ["remove 12345678.kept0.a", "barrier"]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(foreign)
+    # From a socket unit, for `fd=N`.
+    assert os.fstat(given)
     # It is there already.
     with socket.socket(fileno=mine) as again:
         store.keep(held(a=again))
@@ -113,18 +117,18 @@ def test_what_is_passed_is_ours_or_let_go_of(socks: list[socket.socket]) -> None
 def test_other_code_in_the_same_process_goes_on(socks: list[socket.socket]) -> None:
     one, other, _ = socks
     store, _ = made()
-    store.open("m")
+    store.open("0123abcd")
     store.keep(held(a=one, b=other))
     later, systemd = made()
-    later.load(store.save(), "m")
+    later.load(store.save(), "0123abcd")
     later.keep(held(b=other))
-    assert systemd.heard() == ["remove m.a"]
+    assert systemd.heard() == ["remove 0123abcd.kept0.a"]
 
 
 def test_without_systemd_nothing_is_kept(socks: list[socket.socket]) -> None:
     store = Store()
     assert not store.used
-    assert not store.open("m").found
+    assert not store.open("0123abcd").found
     store.keep(held(a=socks[0]))
     store.clear()
     assert store.save() == {}
