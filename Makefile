@@ -1,4 +1,5 @@
 # make demo        a guest in a window of text, its QEMU replaced three times
+# make install     segue for all users, and units for systemd, below /usr/local (or PREFIX=...)
 # make test        everything but the long tests, on real QEMU 7.2, 10.0 and 11.1
 # make test-nested  parts of them on KVM with vhost-net and VFIO, in a nested guest
 # make check       style and types
@@ -18,7 +19,7 @@ DEMO_PACKAGES := python3-venv qemu-system-x86
 TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-arm qemu-utils ovmf openssl gcc libc6-dev iproute2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo releases guest test test-long test-nested check format clean demo-packages test-packages
+.PHONY: help setup demo install releases guest test test-long test-nested check format clean demo-packages test-packages
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -27,6 +28,18 @@ setup: test-packages $(VENV)/dev.stamp
 
 demo: demo-packages $(VENV)/run.stamp
 	@$(BIN)/segue demo
+
+# A virtual environment of its own, since Debian's Python takes no packages but Debian's.
+PREFIX ?= /usr/local
+install: demo-packages
+	@$(PYTHON) -m venv $(PREFIX)/lib/segue
+	@$(PREFIX)/lib/segue/bin/pip install --quiet .
+	@mkdir -p $(PREFIX)/bin $(PREFIX)/lib/systemd/system $(PREFIX)/lib/systemd/user
+	@ln -sf ../lib/segue/bin/segue $(PREFIX)/bin/segue
+	@for unit in system/segue@.service user/segue@.service; do \
+		sed 's#/usr/bin/segue#$(PREFIX)/bin/segue#' packaging/systemd/$${unit#system/} \
+			>$(PREFIX)/lib/systemd/$$unit; done
+	@echo "$(PREFIX)/bin/segue is there; machines that run take it up by: segue reexec --all"
 
 releases: test-packages
 	@$(PYTHON) scripts/qemu-releases

@@ -21,6 +21,7 @@ from segue.cpr import CprError, State, restart, resumed, section
 from segue.cpr.aio import Protocol, Server, ServerState, ask
 
 VERSION = 1
+PORT = int(sys.argv[1]) if sys.argv[1:] else 7000
 # A client who does not read is dropped in the end, or its lines would fill our memory.
 MAX_UNSENT = 4 << 20
 
@@ -96,7 +97,7 @@ async def main() -> None:
     upgrade = asyncio.Event()
     with resumed() as arrival:
         saved = arrival.load(ChatState).get(ChatState) if arrival else None
-        chat = Chat(saved, int(sys.argv[1]))
+        chat = Chat(saved, PORT)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, upgrade.set)
     chat.server.start()
     port = chat.server.listeners[0].getsockname()[1]

@@ -25,6 +25,7 @@ from segue.cpr import CprError, State, restart, resumed, section
 from segue.cpr.aio import Protocol, Server, ServerState, ask
 
 VERSION = 1
+PORT = int(sys.argv[1]) if sys.argv[1:] else 7001
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 LONGEST = 1 << 20
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
@@ -180,7 +181,7 @@ async def main() -> None:
     upgrade = asyncio.Event()
     with resumed() as arrival:
         saved = arrival.load(EchoState).get(EchoState) if arrival else None
-        echo = Echo(saved, int(sys.argv[1]))
+        echo = Echo(saved, PORT)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, upgrade.set)
     echo.start()
     port = echo.server.listeners[0].getsockname()[1]

@@ -23,12 +23,22 @@ from segue.suspended import Suspended
 Ready = Callable[[], None]
 
 
-def run(name: str | None, argv: list[str], *, detach: bool, net_user: str = AUTO) -> int:
-    """`segue run`: the exit status is QEMU's own. Raises SegueError for bad input."""
+def run(
+    name: str | None,
+    argv: list[str],
+    *,
+    detach: bool,
+    stay: bool = False,
+    net_user: str = AUTO,
+) -> int:
+    """`segue run`: the exit status is QEMU's own. Raises SegueError for bad input.
+
+    `stay` says that somebody watches this process, whatever the command line says of -daemonize.
+    """
     line = CommandLine.parse(argv)
     if line.only_prints:
         os.execvp(argv[0], argv)  # noqa: S606
-    if detach or line.daemonize:
+    if detach or (line.daemonize and not stay):
         return detached(partial(_supervise, name, line, detached=True, net_user=net_user))
     return _supervise(name, line, tell_systemd, detached=False, net_user=net_user)
 

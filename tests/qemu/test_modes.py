@@ -120,6 +120,9 @@ def test_cpr_exec_keeps_the_process(segue: Segue, place: Path) -> None:
         receipt = guest.handed_over("--to", qemu("11.1"), "--mode", mode, "--force")
         assert (guest.qemu_pid == pid) == (mode == "cpr-exec")
         assert receipt["to"]["pid"] == guest.qemu_pid
+        rehearsal = receipt["rehearsal"]["blackout_seconds"] if mode == "cpr-exec" else 0
+        lag = receipt["blackout_seconds"] + rehearsal
+        assert receipt["clock_lag_seconds"] == pytest.approx(lag, abs=0.00001)
         assert all(kept.get("held", True) for kept in receipt["kept"]), receipt["kept"]
         assert not receipt["warnings"]
         pid = guest.qemu_pid

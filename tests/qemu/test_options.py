@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,27 @@ def test_a_daemon_with_a_pid_file(segue: Segue, place: Path) -> None:
     console.wait(lambda: console.closed, "the end of the console")
     wait_until("the end of the daemon", lambda: not alive(pid))
     assert not file.exists()
+
+
+def test_whom_systemd_watches_does_not_leave(segue: Segue, place: Path) -> None:
+    """-daemonize, in the file of a machine that `segue service` starts."""
+    folder = place / "config/machines"
+    folder.mkdir(parents=True)
+    (folder / "guest").write_text(shlex.join(tiny(place, "7.2", "-daemonize")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "segue", "service", "guest"],
+        env=segue.environment | {"SEGUE_CONFIG_DIR": str(folder.parent)},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    guest = Machine(segue, "guest", process)
+    segue.machines.append(guest)
+    status = segue.root / "guest/status.json"
+    wait_until("the start", lambda: status.exists() or process.poll() is not None)
+    unharmed(watch(guest, place))
+    assert guest.status()["supervisor_pid"] == process.pid
+    assert segue("stop", "guest", "--timeout", "1").returncode == 0
+    assert process.wait(60) == 0
 
 
 def test_a_guest_that_waits_for_cont_does_so_once(segue: Segue, place: Path) -> None:

@@ -54,6 +54,7 @@ def test_rehearsal_leaves_the_guest_where_it_was(segue: Segue, place: Path) -> N
     assert receipt["guest"] == "running on the incumbent"
     assert guest.qemu_pid == before
     assert not alive(receipt["to"]["pid"])
+    assert receipt["clock_lag_seconds"] == receipt["blackout_seconds"] > 0
     unharmed(console)
     guest.handed_over("--to", qemu("10.0"))
     unharmed(console)

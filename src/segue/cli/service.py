@@ -43,7 +43,7 @@ def run(arguments: Namespace) -> int:
         orphaned = False
     if orphaned:
         return begin.recover(name, detach=False)
-    return begin.run(name, words(directory() / name), detach=False)
+    return begin.run(name, words(directory() / name), detach=False, stay=True)
 
 
 def directory() -> Path:

@@ -76,7 +76,8 @@ class Question:
                     pass_fds=[fd, write, *passed],
                 )
             except (OSError, ValueError) as error:
-                raise NoAnswer(f"{argv[0]} cannot be started: {error}") from error
+                why = getattr(error, "strerror", None) or error
+                raise NoAnswer(f"{argv[0]} cannot be started: {why}") from error
             undo.pop_all()
         os.close(fd)
         os.close(write)

@@ -369,7 +369,7 @@ class Handover:
         stop = self._stop()
         if stop is not None:
             self.receipt.blackout_seconds = resumed - _seconds(stop)
-            self.receipt.clock_lag_seconds = self.receipt.blackout_seconds
+            self.receipt.clock_lag_seconds += self.receipt.blackout_seconds
 
     async def _release(self) -> None:
         assert self.successor is not None
@@ -532,6 +532,7 @@ class Handover:
         resume = next((e for e in reversed(self._events) if e["event"] == "RESUME"), None)
         if stop and resume and _seconds(resume) > _seconds(stop):
             self.receipt.blackout_seconds = _seconds(resume) - _seconds(stop)
+            self.receipt.clock_lag_seconds += self.receipt.blackout_seconds
         self.surroundings.journal.write("done", self.incumbent, None)
         self.phase = PREPARE
 

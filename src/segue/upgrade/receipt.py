@@ -23,7 +23,10 @@ class Side:
 
 @dataclass
 class Receipt:
-    """All times in seconds; `started` since the epoch, `phases` in the order they were entered."""
+    """All times in seconds; `started` since the epoch, `phases` in the order they were entered.
+
+    `clock_lag_seconds` adds up all that the guest was stopped for, also where that was undone.
+    """
 
     machine: str
     started: float

@@ -323,6 +323,7 @@ class Upgrader:
         rehearsal = replace(receipt, mode=mode.name, phases={}, target=target)
         await self._attempt(plan, mode, rehearsal, True, timeout, progress, limbo, "rehearsal.")
         receipt.rehearsal = rehearsal.to_json()
+        receipt.clock_lag_seconds = rehearsal.clock_lag_seconds  # it was a pause too
         receipt.phases["rehearsal"] = time.monotonic() - started
         if rehearsal.result != REHEARSED:
             receipt.result, receipt.error = rehearsal.result, rehearsal.error
