@@ -1,7 +1,7 @@
 """`segue run --detach`: the caller returns when the guest runs, the supervisor goes on by itself.
 
 Two processes, and at any moment one of them answers for the machine: until the guest runs, the
-caller. What is sent to it meanwhile (SIGINT, SIGTERM, SIGHUP) is passed on to the supervisor,
+caller. What is sent to it meanwhile (SIGNALS) is passed on to the supervisor,
 whose end it waits for; if it is killed outright, the supervisor finds nobody to tell that the
 guest runs, and ends the machine. A signal that came as the guest began to run has the same effect.
 """
@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from segue.errors import SegueError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Those that end a QEMU, Ctrl-\ (SIGQUIT) too: it must not be left behind by one.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def detached(supervise: Callable[[Callable[[], None]], int]) -> int:

@@ -117,13 +117,16 @@ def test_supervisor_is_told_to_end(guest: Survivor, phase: str) -> None:
     ended(guest, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_other_signals_that_end_it(guest: Survivor, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 0), (signal.SIGHUP, 0), (signal.SIGQUIT, 128 + signal.SIGQUIT)],
+)
+def test_other_signals_that_end_it(guest: Survivor, number: signal.Signals, status: int) -> None:
     assert guest.machine.process is not None
     going = guest.begin("move")
     guest.machine.process.send_signal(number)
     assert outcome(going)["result"] == "failed"
-    ended(guest, 0)
+    ended(guest, status)
 
 
 @pytest.mark.parametrize("phase", PHASES)

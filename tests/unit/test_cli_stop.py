@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +84,36 @@ def test_json(supervisor: FakeSupervisor, capfd: Capture) -> None:
     assert main(["stop", "web", "--json"]) == 0
     assert supervisor.received == [("segue-stop", {"timeout": 60.0})]
     assert json.loads(capfd.readouterr().out) == {"name": "web", "how": "powerdown"}
+
+
+@pytest.mark.parametrize(("command", "said"), [("stop", "stopped"), ("suspend", "suspended")])
+def test_ctrl_c_calls_nothing_off(tmp_path: Path, command: str, said: str) -> None:
+    asked, gone = threading.Event(), threading.Event()
+
+    def answer(*_: object) -> object:
+        asked.set()
+        gone.wait(60)
+        raise Hangup
+
+    environment = os.environ | {"SEGUE_RUN_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEGUE_RUN_DIR", str(tmp_path))
+        supervisor = FakeSupervisor("web", {f"segue-{command}": answer})
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "segue", command, "web"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert asked.wait(60)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+    finally:
+        gone.set()
+        supervisor.close()
+    assert process.returncode == 130
+    assert err.startswith(f"segue: interrupted; machine web is being {said} all the same\nhint: ")
 
 
 def test_a_supervisor_that_does_not_go(

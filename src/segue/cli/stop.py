@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,10 @@ def run(arguments: Namespace) -> int:
     machine = machines.find(arguments.name)
     from segue.cli import connection
 
+    if output.is_lively(sys.stderr):
+        output.say(
+            f"{machine.name}: its power button is pressed; it has {arguments.timeout:g} seconds"
+        )
     try:
         answer = connection.ask(
             machine,
@@ -53,6 +58,12 @@ def run(arguments: Namespace) -> int:
             {"timeout": arguments.timeout},
             timeout=arguments.timeout + _AFTERWARDS,
         )
+    except KeyboardInterrupt:
+        output.tell_failure(
+            f"interrupted; machine {machine.name} is being stopped all the same",
+            hint="segue ls shows when it has gone",
+        )
+        raise
     except MonitorClosed:
         answer = {"how": None}  # it ended before it could say how
     # So that the name is free again when this command has ended.

@@ -58,6 +58,13 @@ def run(arguments: Namespace) -> int:
             on_event=progress.event,
             unanswered=GuestLost,
         )
+    except KeyboardInterrupt:
+        progress.abandon()
+        output.tell_failure(
+            f"interrupted; machine {machine.name} is being suspended all the same",
+            hint=f"segue ls shows when it has gone; it will lie in {to}",
+        )
+        raise
     finally:
         progress.abandon()
     if receipt["result"] == "done":
