@@ -232,6 +232,12 @@ class Suspended:
             )
         if same_boot:
             self._end_what_was_begun()
+        if self._ran_unseen:
+            raise Refused(
+                "a QEMU that is dead may have run this guest, in memory or on a disk that is "
+                f"not in {self.directory}",
+                hint="what it has written there fits the suspended state no more: start it anew",
+            )
         for known in self.machine["disks"]:
             self._check_disk(known)
         for entry in (self.machine["state"], *self.machine["ram"], *self.machine["files"]):
@@ -270,6 +276,18 @@ class Suspended:
     def may_run(self) -> bool:
         """Whether that QEMU may have been told to let the guest run."""
         return bool(self.machine.get("resuming", {}).get("may_run", True))
+
+    @property
+    def _ran_unseen(self) -> bool:
+        """Whether it may have run where nothing tells what has been written since.
+
+        That is on a block device, and in a file on hugetlbfs, whose times a mapping leaves alone.
+        """
+        if not self.machine.get("resuming", {}).get("may_run", False):
+            return False
+        return any("name" not in entry for entry in self.machine["ram"]) or any(
+            Path(known["path"]).is_block_device() for known in self.machine["disks"]
+        )
 
     def _check_disk(self, known: dict[str, Any]) -> None:
         try:
@@ -353,8 +371,8 @@ class Suspended:
         write_description(self.directory, self.machine)
 
     def not_resumed(self) -> None:
-        """The directory is as it was."""
-        if self.machine.pop("resuming", None) is not None:
+        """The directory is as it was, unless it must not be resumed any more."""
+        if not self._ran_unseen and self.machine.pop("resuming", None) is not None:
             write_description(self.directory, self.machine)
 
     def resumed(self) -> None:

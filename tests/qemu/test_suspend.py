@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.qemu.conftest import migrates_as_ever, tiny, unharmed, watch
-from tests.qemu.harness import Client, Machine, Segue, alive, qemu, wait_until
+from tests.qemu.harness import Client, Machine, Segue, alive, cpu_ticks, qemu, wait_until
 
 
 def suspend(guest: Machine, to: Path, status: int = 0) -> dict[str, object]:
@@ -277,6 +277,45 @@ def test_memory_on_huge_pages(
     guest.handed_over("--to", qemu("7.2"))
     assert on_huge_pages(guest)
     unharmed(console)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount takes root")
+def test_memory_in_which_a_dead_qemu_may_have_run_the_guest(
+    huge_pages: int, hugetlbfs: Path, segue: Segue, place: Path
+) -> None:
+    """On hugetlbfs no time tells what was written; the state of before does not fit it any more."""
+    if huge_pages < 32:
+        return
+    memory = hugetlbfs / "memory"
+    with memory.open("wb") as file:
+        file.truncate(64 << 20)
+    backend = f"memory-backend-file,id=m0,size=64M,share=on,mem-path={memory}"
+    guest = segue.start(
+        "guest", tiny(place, "10.0", "-object", backend, "-machine", "memory-backend=m0")
+    )
+    watch(guest, place)
+    directory = place / "suspended"
+    suspend(guest, directory)
+    assert guest.wait() == 0
+    died = subprocess.run(
+        [sys.executable, "-m", "segue", "resume", str(directory)],
+        env={**segue.environment, "SEGUE_DIE_AT": "cont"},
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL
+    (pid,) = segue.processes()
+    used = cpu_ticks(pid)
+    wait_until("the guest running", lambda: cpu_ticks(pid) > used)
+    os.kill(pid, signal.SIGKILL)
+    wait_until("its end", lambda: not alive(pid))
+    assert segue("recover", "guest").returncode == 3
+    for _ in range(2):
+        done = segue("resume", str(directory))
+        assert done.returncode == 5, done
+        assert "may have run this guest" in done.stderr
+    assert (directory / "machine.json").exists()
+    shutil.rmtree(segue.root / "guest")
 
 
 def last_tick(console: Client) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from segue.errors import MonitorClosed
+from segue.errors import MonitorClosed, SegueError
 from segue.qemu.instance import Instance
+from segue.upgrade.cpr_exec import CprExec
 from segue.upgrade.handover import Handover
-from segue.upgrade.receipt import TIMED_OUT, Receipt
+from segue.upgrade.receipt import LOST, TIMED_OUT, Receipt
 from segue.upgrade.surroundings import Surroundings
 
 
@@ -68,5 +70,35 @@ def test_a_time_limit_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (
             one.receipt.error["what"] == "the upgrade took longer than its time, in phase prepare"
         )
+
+    asyncio.run(test())
+
+
+def test_what_has_executed_and_gives_nothing_back_is_ended() -> None:
+    """It is no QEMU any more, and without what it had nobody can be one again."""
+
+    async def test() -> None:
+        killed = []
+
+        async def kill() -> int:
+            killed.append(True)
+            return 137
+
+        one = CprExec(
+            incumbent=cast(Instance, SimpleNamespace(kill=kill)),
+            target="x86_64",
+            surroundings=cast(Surroundings, None),
+            receipt=Receipt("guest", 0.0),
+        )
+        one._place = cast(Any, object())
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.close()
+        with ours:
+            try:
+                one._take_over(ours)
+            except SegueError as error:
+                await one._fail(error)
+        assert killed
+        assert one.receipt.result == LOST
 
     asyncio.run(test())

@@ -147,7 +147,14 @@ class CprExec(Handover):
         """The process is no QEMU any more: what it holds is held here too."""
         assert self._place is not None
         self._connection = connection
-        message, fds = launcher.receive(connection)
+        try:
+            message, fds = launcher.receive(connection)
+        except (OSError, ValueError) as error:
+            raise GuestLost(
+                f"QEMU has executed, and what it had did not come here: {error}",
+                hint="see the machine's qemu.log",
+                guest="lost",
+            ) from None
         self._number_of_state = message["state"]
         held = dict(zip(message["held"], fds, strict=True))
         # What it was given once is of no use to the next one, unless QEMU has put something else

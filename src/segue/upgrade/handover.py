@@ -397,7 +397,7 @@ class Handover:
             except SegueError as error:
                 self.receipt.warnings.append(f"{kept.kind} {kept.name}: {error.what}")
         if not self._was_running:
-            await images.activate(self.successor.monitor, self.surroundings.directory)
+            await self._take_images(self.successor.monitor)
         if self._before is not None and self._fresh is not None:
             await migration.restore(self.successor.monitor, self._fresh.with_those_of(self._before))
         self.surroundings.journal.write("done", self.successor, None)
@@ -456,6 +456,8 @@ class Handover:
             await self._go_back()
         except SegueError as worse:
             told = worse
+            if isinstance(worse, GuestLost):
+                await self.incumbent.kill()
         if self._not_resumed is not None:
             told = self._undone_but(f"{told.what}; the upgrade", self._not_resumed)
         if isinstance(told, MigrationFailed) and self.successor is not None:
@@ -513,10 +515,7 @@ class Handover:
                     # An image that it may not open any more. All else is put back all the same.
                     self._not_resumed = error
             elif self._migrating and not self._was_running:
-                try:
-                    await images.activate(monitor, self.surroundings.directory)
-                except (CommandFailed, OSError) as error:
-                    self.receipt.warnings.append(f"its images were not taken back: {error}")
+                await self._take_images(monitor)
             await self._as_before(monitor)
         except MonitorClosed:
             raise GuestLost(
@@ -535,6 +534,13 @@ class Handover:
             self.receipt.clock_lag_seconds += self.receipt.blackout_seconds
         self.surroundings.journal.write("done", self.incumbent, None)
         self.phase = PREPARE
+
+    async def _take_images(self, monitor: Monitor) -> None:
+        """Those of a guest that stays paused. Without, it is none the worse: `cont` opens them."""
+        try:
+            await images.activate(monitor, self.surroundings.directory)
+        except (CommandFailed, OSError) as error:
+            self.receipt.warnings.append(f"its images were not opened: {error}")
 
     async def _as_before(self, monitor: Monitor) -> None:
         """The incumbent has what an upgrade has set, and what it was lent, no more."""

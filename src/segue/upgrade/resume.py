@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segue.errors import GuestLost, NotRunning, SegueError
+from segue.errors import CommandFailed, GuestLost, NotRunning, SegueError
 from segue.kept.base import Lending
 from segue.kept.processes import kill
 from segue.kept.ram import GuestRam
@@ -142,8 +142,10 @@ async def go_on(suspended: Suspended, host: Supervisor, before: migration.Settin
             await instance.monitor.execute("cont")
         else:
             _mark(suspended, instance, may_run=True)
-    except SegueError:
+    except SegueError as error:
         await instance.kill()
+        if isinstance(error, CommandFailed):  # QEMU would not, and so it has not run
+            _mark(suspended, instance, may_run=False)
         raise
     breakpoints.die_at("cont")
     suspended.resumed()
