@@ -129,6 +129,7 @@ def twice(
             run.status = run.end()
         finally:
             run.process.kill()
+            run.process.wait()
         runs.append(run)
     plain, ours = runs
     assert ours.status == plain.status
@@ -231,8 +232,8 @@ def test_input_that_ends_is_not_the_guests_end(
 def test_output_that_nobody_takes(segue: Segue, stdout: str) -> None:
     def live(run: Run) -> None:
         while run.process.poll() is None:  # it is heard from the moment on that it has begun
-            run.type(b"q")
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                run.type(b"q")
                 run.process.wait(0.1)
 
     assert twice(segue, SERIAL, live, f"pipe {stdout}").errors == ""

@@ -156,7 +156,7 @@ def test_a_slow_client_holds_up_the_guest_but_no_handover(tmp_path: Path) -> Non
             broker = at.broker
             client = await at.client()
             first = at.instance(1)
-            output = Numbered(random.Random(1), 3 * TO_CLIENT)
+            output = Numbered(random.Random(1), 4 * TO_CLIENT)
 
             async def fill(instance: Instance) -> None:
                 """Write until nothing is taken any more."""
@@ -174,7 +174,7 @@ def test_a_slow_client_holds_up_the_guest_but_no_handover(tmp_path: Path) -> Non
             second = at.instance(2)
             broker.hold()
             assert output.at == written
-            assert len(broker.to_client) < TO_CLIENT + (1 << 19)
+            assert len(broker.to_client) < TO_CLIENT + (1 << 20)
             broker.take_back()
             broker.switch(2)
             first.die()

@@ -20,10 +20,13 @@ from segue.saved import Loader, Saver
 # Towards the guest: small, since what waits there at an upgrade is taken back in the blackout.
 # The kernel doubles it, and counts about 0.8 KiB for each single byte that was sent alone.
 _TO_INSTANCE = 16384
-# From the guest: as large as the kernel allows everybody (wmem_max), since a virtio console drops
-# what has no room. A line of 25 bytes each millisecond then has room for half a second.
+# From the guest: a virtio console drops what has no room, and the kernel counts each small write
+# as 0.8 KiB. What it allows everybody (wmem_max) is room for half a second of a line of 25 bytes
+# each millisecond; a supervisor that a busy host lets wait was seen to be away for longer.
 _FROM_INSTANCE = 212992
-# While a supervisor becomes another, and reads nothing; root alone may have so much.
+# So root, who alone may have it, takes more, for streams: frames that wait are only late.
+_FROM_INSTANCE_OF_ROOT = 1 << 19
+# While a supervisor becomes another, and reads nothing.
 _WHILE_NOBODY_READS = 4 << 20
 _UNTIL_READ = 5.0  # seconds
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
@@ -55,7 +58,7 @@ class Pair:
         kind = socket.SOCK_SEQPACKET if messages else socket.SOCK_STREAM
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         ours.setblocking(False)
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
+        _give_room(theirs)
         if to_instance is not None:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, to_instance)
         return cls(ours, theirs)
@@ -92,7 +95,7 @@ class Pair:
 
     def _usual_room(self) -> None:
         with contextlib.suppress(OSError):  # closed meanwhile
-            self.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
+            _give_room(self.theirs)
 
     @property
     def inode(self) -> int:
@@ -141,3 +144,10 @@ class Pair:
             self.ours.close()
             self.ours = None
         self.theirs.close()
+
+
+def _give_room(theirs: socket.socket) -> None:
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FROM_INSTANCE)
+    if theirs.type == socket.SOCK_STREAM:
+        with contextlib.suppress(PermissionError):
+            theirs.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _FROM_INSTANCE_OF_ROOT)
