@@ -33,8 +33,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
-import shlex
 import socket
 import struct
 from collections.abc import Callable
@@ -43,9 +41,10 @@ from pathlib import Path
 from typing import Any
 
 from segue.errors import SegueError
-from segue.kept import processes, tun
+from segue.kept import processes, tapsource, tun
 from segue.kept.base import Kept, Lending
 from segue.kept.guard import Call, Guard
+from segue.kept.standin import Place
 from segue.qemu.commandline import Option
 from segue.qemu.monitor import Monitor
 from segue.saved import Loader, Saver
@@ -57,16 +56,10 @@ _VRING_FILE = struct.Struct("=Ii")
 
 # QEMU's own, where the user names none (include/net/net.h, net/tap.h).
 _SCRIPT, _DOWN_SCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
-_BRIDGE = "br0"
-_HELPER = "qemu-bridge-helper"
-_HELPER_FOLDERS = ("../lib/qemu", "../libexec")
 
 # What says where the queues come from; our descriptors replace all of it.
 _ORIGIN = ("ifname", "script", "downscript", "br", "helper", "vnet_hdr", "queues", "fd", "fds")
 _VHOST_FDS = ("vhostfd", "vhostfds")
-
-# The longest that a guest can send: 64 KiB of payload, and headers.
-_FRAME = 1 << 17
 
 # EtherType of the reverse ARP packet by which QEMU announces a guest (net/announce.c).
 _RARP = b"\x80\x35"
@@ -78,63 +71,6 @@ _LENT_LIMIT = 10.0
 
 # (queue, request) -> value, in the order in which they were set last.
 Settings = dict[tuple[int, int], int]
-
-
-@dataclass
-class Place:
-    """One queue as one instance has it: the number, and the stand-in if it has had one."""
-
-    number: int
-    ours: socket.socket | None = None
-    theirs: socket.socket | None = None
-    _spared: Callable[[bytes], bool] = lambda frame: False
-
-    def stand_in(self) -> int:
-        """A new descriptor for the instance, from which nothing can be read."""
-        self.close()
-        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
-        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, kind)
-        return self.theirs.fileno()
-
-    def wake(self) -> None:
-        """Have an instance that polls the stand-in look at what stands at its number now.
-
-        The stand-in is not to be used again: an instance that read this byte from it would take
-        it for a packet.
-        """
-        if self.ours is not None:
-            with contextlib.suppress(BlockingIOError):
-                self.ours.send(b"\0")
-
-    def relay(self, queue: int, spared: Callable[[bytes], bool] = lambda frame: False) -> None:
-        """Pass on what the instance sends to the stand-in, until `end_relay`."""
-        assert self.ours is not None
-        self._spared = spared
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self.ours.fileno(), self._pass_on, queue)
-
-    def end_relay(self, queue: int) -> None:
-        """Pass on what is left."""
-        if self.ours is not None:
-            asyncio.get_running_loop().remove_reader(self.ours.fileno())
-            self._pass_on(queue)
-
-    def _pass_on(self, queue: int) -> None:
-        """Whole frames, as QEMU wrote them: header and all. One that is refused is lost."""
-        assert self.ours is not None
-        with contextlib.suppress(OSError):
-            while _is_writable(queue):
-                frame = self.ours.recv(_FRAME)
-                if self._spared(frame):
-                    continue
-                with contextlib.suppress(OSError):
-                    os.write(queue, frame)
-
-    def close(self) -> None:
-        for sock in (self.ours, self.theirs):
-            if sock is not None:
-                sock.close()
-        self.ours = self.theirs = None
 
 
 @dataclass
@@ -235,9 +171,9 @@ class Tap(Kept):
         params = self._option.params
         given = params.get("fd") or params.get("fds")
         if given is not None:
-            self.queues = [_given(self._option, word) for word in given.split(":")]
+            self.queues = [tapsource.given(self._option, word) for word in given.split(":")]
         elif params.get("type") == "bridge" or params.get("helper") is not None:
-            self.queues = [self._from_helper()]
+            self.queues = [tapsource.from_helper(self._option, self._program)]
         else:
             self._open_device()
 
@@ -262,7 +198,7 @@ class Tap(Kept):
         self.interface = name
         script = params.get("script", _SCRIPT)
         if script not in ("", "no", None):
-            _run_script(script, name)
+            tapsource.run_script(script, name)
         self._set_down_script()
 
     def _set_aside(self) -> None:
@@ -274,32 +210,7 @@ class Tap(Kept):
             return
         down = params.get("downscript", _DOWN_SCRIPT)
         if down not in ("", "no", None):
-            self._down = lambda: _run_script(down, self.interface)
-
-    def _from_helper(self) -> int:
-        params = self._option.params
-        helper = params.get("helper") or _default_helper(self._program)
-        bridge = params.get("br") or _BRIDGE
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            arguments = ["--use-vnet", f"--fd={theirs.fileno()}"]
-            if " " in helper or "\t" in helper:
-                if "--br=" not in helper:
-                    arguments.append(f"--br={shlex.quote(bridge)}")
-                command = ["/bin/sh", "-c", " ".join([helper, *arguments])]
-            else:
-                command = [helper, *arguments, f"--br={bridge}"]
-            status = processes.run(command, pass_fds=(theirs.fileno(),))
-            theirs.close()
-            fds = socket.recv_fds(ours, 1, 1)[1] if status == 0 else []
-        if not fds:
-            raise SegueError(
-                f"the bridge helper failed: {helper} ended with {status}",
-                hint=f"is '{bridge}' allowed in /etc/qemu/bridge.conf?",
-            )
-        os.set_inheritable(fds[0], False)
-        os.set_blocking(fds[0], False)
-        return fds[0]
+            self._down = lambda: tapsource.run_script(down, self.interface)
 
     def _as_found(self) -> Settings:
         found: Settings = {}
@@ -556,12 +467,6 @@ def _plain(settings: Settings) -> list[list[int]]:
     return [[queue, request, value] for (queue, request), value in settings.items()]
 
 
-def _is_writable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
 @dataclass(frozen=True)
 class Queue:
     """A queue of a tap, in one instance."""
@@ -584,35 +489,3 @@ class Backend:
     def ioctl(self, call: Call) -> bool:
         self.tap.set_backend(self.instance, call)
         return False
-
-
-def _given(option: Option, word: str) -> int:
-    """A descriptor that whoever started us passed on. Raises SegueError if it is no tap."""
-    try:
-        fd = int(word)
-        tun.interface(fd)
-        os.set_inheritable(fd, False)
-        os.set_blocking(fd, False)
-    except (OSError, ValueError):
-        raise SegueError(
-            f"{option}: {word} is not a tap's descriptor",
-            hint="pass the number of a descriptor that `segue run` inherits",
-        ) from None
-    return fd
-
-
-def _run_script(script: str, interface: str) -> None:
-    status = processes.run([script, interface])
-    if status != 0:
-        raise SegueError(
-            f"network script {script} failed with status {status}",
-            hint="script=no runs none" if not os.path.exists(script) else None,
-        )
-
-
-def _default_helper(program: str) -> str:
-    folder = Path(program).resolve().parent
-    for place in (*(folder / name for name in _HELPER_FOLDERS), Path("/usr/lib/qemu")):
-        if (place / _HELPER).exists():
-            return str((place / _HELPER).resolve())
-    return str(Path("/usr/lib/qemu") / _HELPER)
