@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
@@ -25,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segue import checkpoint, reexec
+from segue import checkpoint, reexec, spawner
 from segue.detach import SIGNALS
 from segue.entrances import Entrances
-from segue.errors import InstanceDied, MonitorClosed, SegueError, advice
+from segue.errors import InstanceDied, MonitorClosed, SegueError
 from segue.keeper import Keeper
 from segue.kept import yank
 from segue.kept.base import Kept, Lending
@@ -199,7 +198,8 @@ class Supervisor:
     def _clear_away(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._pidfile_remove()
+        if (machine := getattr(self, "machine", None)) is not None:
+            machine.lifecycle.remove_pidfile()
         self.directory.remove()
 
     async def _start(self, stack: contextlib.ExitStack) -> None:
@@ -211,7 +211,7 @@ class Supervisor:
             )
         self.voice.open_log(stack)
         self._foretell()
-        self._pidfile_write()
+        self.machine.lifecycle.write_pidfile()
         found = self.store.open(mark(self.line, self.machine))
         for number, kept in enumerate(self.machine.kept):
             stack.callback(kept.close)
@@ -315,26 +315,7 @@ class Supervisor:
         return description(self)
 
     def spawn(self, lending: Lending) -> Instance:
-        """Start an instance, not yet connected."""
-        argv = self.machine.argv(lending)
-        guard = lending.guard
-        guard.arm()
-        try:
-            instance = Instance.spawn(
-                lending.number,
-                [*argv, *guard.arguments],
-                (*lending.descriptors, *guard.descriptors),
-                on_stderr=self.voice.of_qemu,
-                stdout=self.voice.stdout,
-                before_exec=guard.before_exec if guard.armed else None,
-            )
-        except subprocess.SubprocessError:
-            raise SegueError(f"QEMU's guard: {guard.why_not_started()}") from None
-        guard.serve()
-        if guard.armed:
-            self.guards[lending.number] = guard
-        self.adopt(instance)
-        return instance
+        return spawner.spawn(self, lending)
 
     def launch(
         self,
@@ -344,19 +325,7 @@ class Supervisor:
         command: list[str],
         environment: dict[str, str],
     ) -> Instance:
-        """As `spawn`, by way of a program that is told what to execute (upgrade/launcher.py)."""
-        instance = Instance.launch(
-            lending.number,
-            argv,
-            ends,
-            (),
-            on_stderr=self.voice.of_qemu,
-            stdout=self.voice.stdout,
-            command=command,
-            environment=environment,
-        )
-        self.adopt(instance)
-        return instance
+        return spawner.launch(self, lending, argv, ends, command, environment)
 
     def adopt(self, instance: Instance) -> None:
         """Notice its end, whatever it is at the time."""
@@ -574,19 +543,3 @@ class Supervisor:
     def _kill_whatever_is_left(self) -> None:
         self.instance.kill_at_once()
         self.instance.close()
-
-    def _pidfile_write(self) -> None:
-        path = self.machine.lifecycle.pidfile
-        if path is None:
-            return
-        try:
-            Path(path).write_text(f"{os.getpid()}\n")
-        except OSError as error:
-            what = f"cannot create PID file '{path}': {error.strerror}"
-            raise SegueError(what, advice(error)) from None
-
-    def _pidfile_remove(self) -> None:
-        machine = getattr(self, "machine", None)
-        if machine is not None and machine.lifecycle.pidfile is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(machine.lifecycle.pidfile)

@@ -7,10 +7,14 @@ command line, or QEMU's default, says to end; the supervisor then does what was 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+from segue.errors import SegueError, advice
 from segue.kept.base import Lending
 from segue.kept.draft import Computed, Draft, Once, Words
 
@@ -25,6 +29,21 @@ class Lifecycle:
     incoming: bool
     shutdown: str
     panic: str
+
+    def write_pidfile(self) -> None:
+        """Raises SegueError."""
+        if self.pidfile is None:
+            return
+        try:
+            Path(self.pidfile).write_text(f"{os.getpid()}\n")
+        except OSError as error:
+            what = f"cannot create PID file '{self.pidfile}': {error.strerror}"
+            raise SegueError(what, advice(error)) from None
+
+    def remove_pidfile(self) -> None:
+        if self.pidfile is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.pidfile)
 
 
 class LifecycleRule:
