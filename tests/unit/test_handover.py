@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from segue.errors import MonitorClosed, SegueError
+from segue.errors import GuestLost, MonitorClosed, SegueError
 from segue.qemu.instance import Instance
 from segue.upgrade.cpr_exec import CprExec
 from segue.upgrade.handover import Handover
@@ -100,5 +100,79 @@ def test_what_has_executed_and_gives_nothing_back_is_ended() -> None:
                 await one._fail(error)
         assert killed
         assert one.receipt.result == LOST
+
+    asyncio.run(test())
+
+
+class Dying:
+    """An instance that tells when it is killed."""
+
+    def __init__(self) -> None:
+        self.killed = False
+        self.monitor = SimpleNamespace(closed=False)
+
+    async def kill(self) -> int:
+        self.killed = True
+        return 137
+
+
+def test_a_guest_of_whom_nothing_is_known_is_nobodys() -> None:
+    """Neither QEMU is left to run it behind the back of who starts the machine again."""
+
+    async def test() -> None:
+        old, new = Dying(), Dying()
+        one = handover(old)
+        one.successor = cast(Instance, new)
+        await one._fail(GuestLost("the successor died", guest="lost"))
+        assert old.killed
+        assert new.killed
+        assert one.receipt.result == LOST
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("broken", ["journal", "switch"])
+def test_no_way_leads_back_once_the_guest_has_run(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        async def run(self) -> float:
+            return 0.0
+
+        def switch(self) -> None:
+            if broken == "switch":
+                raise ZeroDivisionError("a bug")
+
+        def resume_told(self) -> None:
+            return None
+
+    def write(phase: str, *_: Any) -> None:
+        if broken == "journal" and phase == "release":
+            raise OSError(5, "Input/output error")
+
+    async def test() -> None:
+        monkeypatch.setattr("segue.upgrade.handover.Commit", Told)
+        old, new = Dying(), Dying()
+        one = handover(old)
+        one.successor = cast(Instance, new)
+        one._was_running = True
+        served: list[Any] = []
+        surroundings = SimpleNamespace(
+            kept=(),
+            journal=SimpleNamespace(write=write),
+            served=lambda instance, _: served.append(instance),
+        )
+        one.surroundings = cast(Surroundings, surroundings)
+        try:
+            await one._commit()
+        except ZeroDivisionError as error:
+            await one._fail(error)
+            assert served == [new]
+        assert one.receipt.error is None
+        assert len(one.receipt.warnings) == 1
+        assert not new.killed
 
     asyncio.run(test())

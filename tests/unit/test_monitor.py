@@ -145,6 +145,30 @@ def test_last_words_are_heard() -> None:
     asyncio.run(main())
 
 
+def test_a_listener_that_fails_harms_nobody_else() -> None:
+    async def test() -> None:
+        async with far_side() as far:
+            monitor = await far.connected()
+            failures: list[Any] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, what: failures.append(what))
+            heard: list[Any] = []
+
+            def fail(event: Any) -> None:
+                raise ZeroDivisionError("a bug")
+
+            monitor.listen(fail)
+            monitor.listen(heard.append)
+            asking = asyncio.ensure_future(monitor.execute("query-status"))
+            number = (await far.hears())["id"]
+            far.say({"event": "STOP"}, {"return": "first", "id": number})
+            assert await asking == "first"
+            assert heard == [{"event": "STOP"}]
+            assert isinstance(failures[0]["exception"], ZeroDivisionError)
+            monitor.close()
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("by_itself", [False, True])
 def test_a_qemu_that_ends_is_told_nothing_more(by_itself: bool) -> None:
     async def run() -> None:

@@ -278,7 +278,7 @@ class Monitor:
                     case {"event": "SHUTDOWN", "data": {"reason": str() as reason}}:
                         self._ends = self._ends or reason in ENDS_BY_ITSELF
                 for listener in tuple(self._listeners):
-                    listener(message)
+                    self._tell(listener, message)
             case {"QMP": dict()}:
                 self.greeting = message
                 if not self._greeted.done():
@@ -287,6 +287,14 @@ class Monitor:
                 self._reply(message)
             case _ if not cut:
                 self.close()
+
+    def _tell(self, listener: Listener, event: Event) -> None:
+        """A mistake of one listener's is no reason to hear QEMU no more."""
+        try:
+            listener(event)
+        except Exception as error:
+            what = f"{event['event']} was not acted on"
+            self._loop.call_exception_handler({"message": what, "exception": error})
 
     def _reply(self, message: dict[str, Any]) -> None:
         number = message.pop("id", None)

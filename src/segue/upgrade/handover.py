@@ -95,6 +95,7 @@ class Handover:
     _frozen: bool = False
     _migrating: bool = False
     _undoing: bool = False
+    _committed: bool = False
     _went_round: asyncio.Task[None] | None = None
     _watches: list[MigrationWatch] = field(default_factory=list)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -330,7 +331,7 @@ class Handover:
         self.surroundings.journal.write("commit", self.incumbent, self.successor)
         if not self._was_running:
             await self.incumbent.kill()
-            self.surroundings.journal.write("release", self.incumbent, self.successor)
+            self._no_way_back()
             switch(self.successor, self.surroundings)
             return
         if self.successor.monitor.closed:
@@ -338,11 +339,19 @@ class Handover:
         commit = Commit(self.successor, self.surroundings, self._limit(COMMIT))
         sent = await commit.run()
         # Before any client can stop the guest again: it has run.
-        self.surroundings.journal.write("release", self.incumbent, self.successor)
+        self._no_way_back()
         commit.switch()
         if (resume := commit.resume_told()) is not None:
             self._measure(_seconds(resume))
             self.receipt.own_seconds = sent - max(w.reached("completed") for w in self._watches)
+
+    def _no_way_back(self) -> None:
+        """The successor has run the guest, or is the only one to have it."""
+        self._committed = True
+        try:
+            self.surroundings.journal.write("release", self.incumbent, self.successor)
+        except OSError as error:
+            self.receipt.warnings.append(f"the journal: {error}")
 
     async def _ready(self) -> None:
         """The last that may fail, or take its time, before the commit point."""
@@ -447,9 +456,16 @@ class Handover:
             told = SegueError(what, advice(error))
         else:
             told = SegueError(f"internal error in phase {self.phase.name}: {error!r}")
+        if self._committed:
+            assert self.successor is not None
+            self.receipt.warnings.append(f"as all became the successor's: {told.what}")
+            self.surroundings.served(self.successor, ())
+            return
         if isinstance(told, GuestLost):
             # What the incumbent holds is the guest of before: nobody is to resume that by mistake.
             await self.incumbent.kill()
+            if self.successor is not None:
+                await self.successor.kill()
             self.receipt.failed(told)
             return
         try:
