@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.conftest import tiny, unharmed, watch
 from tests.qemu.harness import Qmp, Segue, qemu, wait_until
 from tests.qemu.linuxguest import Disk, Linux
 
@@ -118,33 +117,3 @@ def test_a_temporary_overlay_is_a_blocker(segue: Segue, place: Path, words: str)
     (blocker,) = receipt["blockers"]
     assert "overlay" in blocker["why"]
     assert "qemu-img create" in blocker["remedy"]
-
-
-@pytest.mark.parametrize("format", ["raw", "qcow2"])
-@pytest.mark.parametrize("gives_up", ["user=nobody", "chroot={place}/elsewhere"])
-def test_a_qemu_that_gives_up_its_rights(
-    segue: Segue, place: Path, gives_up: str, format: str
-) -> None:
-    """It must be able to open its images again: where it is not, that is said beforehand."""
-    place.chmod(0o711)
-    image, root = place / "disk", place / "elsewhere"
-    subprocess.run(["qemu-img", "create", "-q", "-f", format, str(image), "1M"], check=True)
-    image.chmod(0o600)
-    root.mkdir()
-    drive = ("-drive", f"file={image},format={format},if=virtio")
-    argv = tiny(place, "10.0", *drive, "-run-with", gives_up.format(place=place))
-    guest = segue.start("guest", argv)
-    console = watch(guest, place)
-    receipt = guest.upgrade("--to", qemu("11.1"), status=5)
-    (blocker,) = receipt["blockers"]
-    assert blocker["what"] == f"disk image {image}"
-    unharmed(console)
-    if gives_up == "user=nobody":
-        image.chmod(0o666)
-    else:
-        same = Path(f"{root}{image}")
-        same.parent.mkdir(parents=True)
-        same.hardlink_to(image)
-    for release in ("11.1", "10.0"):
-        guest.handed_over("--to", qemu(release))
-        unharmed(console)

@@ -16,6 +16,7 @@ from typing import Any
 
 from segue.errors import InstanceDied, MonitorClosed, NotRunning, TimedOut
 from segue.qemu.monitor import Event, Monitor
+from segue.qemu.traceable import traceable
 from segue.saved import Loader, Saver, raw
 
 MONITOR_ID = "segue-monitor"
@@ -166,7 +167,7 @@ class Instance:
                 stderr=write_end,
                 pass_fds=descriptors,
                 start_new_session=True,
-                preexec_fn=before_exec,
+                preexec_fn=traceable(before_exec),
                 env={**os.environ, **(environment or {})},
             )
         except BaseException:

@@ -63,6 +63,7 @@ async def make(
         *judged[mode.name],
         *_binary(machine, running, target),
         *await incumbent_blockers(incumbent, cpr=bool(vfio) and not judged[mode.name]),
+        *await access.blockers(incumbent, machine.draft.command_line),
         *await machine.survey(incumbent.monitor),
         *await interrupts.blockers(incumbent, running),
     ]
@@ -153,9 +154,6 @@ async def incumbent_blockers(incumbent: Instance, *, cpr: bool = False) -> list[
         if cpr:
             await monitor.execute("migrate-set-parameters", {"mode": "normal"})
     return [
-        *(
-            Blocker("QEMU", reason, "remove what it names")
-            for reason in answer.get("blocked-reasons", [])
-        ),
-        *await access.blockers(incumbent),
+        Blocker("QEMU", reason, "remove what it names")
+        for reason in answer.get("blocked-reasons", [])
     ]

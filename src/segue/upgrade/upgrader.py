@@ -21,7 +21,7 @@ from segue.qemu.binary import Binary
 from segue.qemu.instance import Instance
 from segue.qemu.monitor import Event
 from segue.qmp.gate import Gate
-from segue.upgrade import devices, interrupts, modes
+from segue.upgrade import access, devices, interrupts, modes
 from segue.upgrade import plan as planning
 from segue.upgrade.breakpoints import Breakpoints
 from segue.upgrade.handover import Handover, called_off
@@ -180,6 +180,7 @@ class Upgrader:
             *host.machine.draft.blockers,
             *modes.without_vfio(devices.vfio(await devices.types(host.instance.monitor))),
             *await planning.incumbent_blockers(host.instance),
+            *await access.blockers(host.instance, host.machine.draft.command_line),
             *await host.machine.survey(host.instance.monitor),
             *host.machine.changes.against_suspend(),
             *await interrupts.blockers(host.instance, host.binary),
