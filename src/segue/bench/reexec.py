@@ -56,6 +56,7 @@ class ReexecBench:
             for number in range(self.runs):
                 run = await self._once(subject)
                 self.done.append(run)
+                await asyncio.sleep(_AFTER)  # until our client of before is gone
                 self._look(subject.pid)
                 self.told(number + 1, run)
         finally:
