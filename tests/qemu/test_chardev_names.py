@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.harness import Qmp, Segue, qemu, wait_until
+from tests.qemu.harness import Qmp, Segue, alive, qemu, wait_until
 
 SERVER = "server=on,wait=off"
 PLAIN = ("-M", "q35", "-m", "64", "-nodefaults", "-display", "none", "-S")
@@ -43,15 +44,16 @@ def chardevs(place: Path, there: int) -> dict[str, str]:
 
 @contextmanager
 def plain(release: str, arguments: list[str], place: Path) -> Iterator[Path]:
-    path = place / "qmp"
+    path, pid = place / "qmp", place / "pid"
     words = [qemu(release), *arguments, "-qmp", f"unix:{path},{SERVER}"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    # -daemonize: it returns when the sockets are there.
+    subprocess.run([*words, "-daemonize", "-pidfile", str(pid)], check=True, capture_output=True)
+    number = int(pid.read_text())
     try:
-        wait_until("its monitor", lambda: path.exists() or process.poll() is not None)
         yield path
     finally:
-        process.kill()
-        process.wait()
+        os.kill(number, signal.SIGKILL)
+        wait_until("its end", lambda: not alive(number))
 
 
 def names(monitor: Path, place: Path, wanted: dict[str, str]) -> dict[str, str]:
