@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -160,11 +159,6 @@ class Supervisor:
     def handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
-        if sys.version_info < (3, 12):  # where it is what there is anyway
-            # Else each process that is probed has a thread, for whose start the loop waits.
-            watcher = asyncio.PidfdChildWatcher()
-            watcher.attach_loop(loop)
-            asyncio.set_child_watcher(watcher)
         for number in SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
 

@@ -33,6 +33,13 @@ class Users:
         )
         assert self._keeper.stdout is not None
         self._keeper.stdout.readline()
+        try:
+            self._open_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_up(self) -> None:
         barred = {path: bar for path in _NEEDED if (bar := _bar(path))}
         with tempfile.TemporaryDirectory() as stage:
             for number, path in enumerate(barred):
