@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from segue.errors import CommandFailed, MonitorClosed
+from segue.qemu.instance import last_message
 from segue.qemu.monitor import Monitor
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}}, "capabilities": []}}
@@ -124,6 +125,22 @@ def test_an_error_is_told_with_its_class() -> None:
             monitor.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], ""),
+        (["Segmentation fault"], "Segmentation fault"),
+        (
+            ["qemu-system-x86_64: warning: a", "qemu-system-x86_64: -m: b"],
+            "qemu-system-x86_64: -m: b",
+        ),
+        (["qemu: -drive x: lock", "Is it in use?"], "qemu: -drive x: lock Is it in use?"),
+    ],
+)
+def test_the_last_message_has_its_advice(lines: list[str], message: str) -> None:
+    assert last_message(lines) == message
 
 
 def test_last_words_are_heard() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -21,6 +22,7 @@ from segue.saved import Loader, Saver, raw
 
 MONITOR_ID = "segue-monitor"
 UNKNOWN_STATUS = 1
+_MESSAGE = re.compile(r"qemu[\w.+-]*: ")  # begins with the program's name
 _STOPPED = frozenset({b"T", b"t", b"Z", b"X"})
 
 
@@ -68,6 +70,13 @@ def _stands_still(pid: int) -> bool:
         with contextlib.suppress(FileNotFoundError):
             states.add((path / "stat").read_bytes().rpartition(b")")[2].split()[0])
     return bool(states & _STOPPED) and states <= _STOPPED | {b"D"}
+
+
+def last_message(lines: Sequence[str]) -> str:
+    """Of what QEMU has said the last message, with the advice in the lines that follow it."""
+    begins = (number for number, line in enumerate(lines) if _MESSAGE.match(line))
+    first = max(begins, default=len(lines) - 1)
+    return " ".join(list(lines)[max(first, 0) :])
 
 
 class Instance:
@@ -339,8 +348,8 @@ class Instance:
         """As `death`, of one that does not run any more."""
         status = self._ended.result()
         how = f"exit status {status}" if status < 128 else signal.Signals(status - 128).name
-        said = f": {self.last_words[-1]}" if self.last_words else ""
-        what = f"QEMU (pid {self.pid}) ended with {how}{said}"
+        said = last_message(self.last_words)
+        what = f"QEMU (pid {self.pid}) ended with {how}{said and ': '}{said}"
         return InstanceDied(what, hint="all that it said is in the machine's qemu.log")
 
     def signal(self, number: int) -> None:
