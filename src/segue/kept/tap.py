@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -56,6 +57,10 @@ _VRING_FILE = struct.Struct("=Ii")
 
 # QEMU's own, where the user names none (include/net/net.h, net/tap.h).
 _SCRIPT, _DOWN_SCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
+_NO_RIGHTS = (
+    "making an interface takes root; one that root has made for you is enough: "
+    "ip tuntap add dev NAME mode tap user YOU, then ifname=NAME,script=no,downscript=no"
+)
 
 # What says where the queues come from; our descriptors replace all of it.
 _ORIGIN = ("ifname", "script", "downscript", "br", "helper", "vnet_hdr", "queues", "fd", "fds")
@@ -118,7 +123,7 @@ class Tap(Kept):
             self._in_force = self._as_found()
             self._set_aside()
         except OSError as error:
-            raise SegueError(f"{self._option}: {error.strerror}") from None
+            raise SegueError(f"{self._option}: {error.strerror}", _hint(error)) from None
 
     # -- another process --------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class Tap(Kept):
                 self.queues.append(fd)
         except OSError as error:
             raise SegueError(
-                f"could not configure {tun.DEVICE} ({name}): {error.strerror}"
+                f"could not configure {tun.DEVICE} ({name}): {error.strerror}", _hint(error)
             ) from None
         self.interface = name
         script = params.get("script", _SCRIPT)
@@ -489,3 +494,7 @@ class Backend:
     def ioctl(self, call: Call) -> bool:
         self.tap.set_backend(self.instance, call)
         return False
+
+
+def _hint(error: OSError) -> str | None:
+    return _NO_RIGHTS if error.errno in (errno.EPERM, errno.EACCES) else None
