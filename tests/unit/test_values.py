@@ -26,6 +26,16 @@ def test_the_next_instance_is_told_what_differs_and_what_the_user_said() -> None
     assert values.cpu_arguments(target) == "max,avx2=off,x2apic=off,fred=off"
 
 
+@pytest.mark.parametrize(
+    ("machine", "said"), [("pc-q35-7.2", "host"), ("microvm", "host,x-arch-cap-always-on=off")]
+)
+def test_what_a_versioned_machine_type_switches_on_for_an_older_cpu_stays_on(
+    machine: str, said: str
+) -> None:
+    values = Values("host", machine, cpu={"sse": True})
+    assert values.cpu_arguments({"sse": True, "x-arch-cap-always-on": True}) == said
+
+
 def test_a_feature_that_is_gone_is_missed_and_a_switch_is_not() -> None:
     shown = {"pcommit": True, "rdpid": True, "cmp_legacy": True, "sse": True, "avx2": False}
     values = Values("max", cpu={**shown, "x-intel-pt-auto-level": True, "pmu": True})

@@ -65,10 +65,15 @@ class Values:
     def cpu_arguments(self, target: dict[str, Any]) -> str:
         """`-cpu`'s value for a target whose own expansion of the model is `target`.
 
-        What the target would switch on by itself, and the first instance had not, is off.
+        What the target would switch on by itself, and the first instance had not, is off. But not
+        what a versioned machine type switches on so that the CPU is the one of its time
+        (x-arch-cap-always-on of 10.1: without it an AMD CPU loses a bit of CPUID).
         """
+        versioned = self.machine_type not in _UNVERSIONED
         settings = {n: v for n, v in self.cpu.items() if n in target}
-        settings |= {n: False for n, v in target.items() if v is True and n not in self.cpu}
+        for name, value in target.items():
+            if value is True and name not in self.cpu and not (versioned and name[:2] == "x-"):
+                settings[name] = False
         changed = {n: v for n, v in settings.items() if target[n] != v}
         model = self.cpu_model or ""
         # What the target does not know is off there.
