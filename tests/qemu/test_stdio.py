@@ -71,9 +71,9 @@ class Run:
     def said(self) -> bytes:
         return bytes(self._read) if self._reader else self._out.read_bytes()
 
-    def expect(self, text: bytes) -> None:
-        """Wait until it says this, from now on."""
-        start = len(self.said)
+    def expect(self, text: bytes, since: int | None = None) -> None:
+        """Wait until it says this, from now on or `since` it had said so many bytes."""
+        start = len(self.said) if since is None else since
         wait_until(f"{text!r}", lambda: text in self.said[start:])
 
     def type(self, data: bytes) -> None:
@@ -154,7 +154,7 @@ def what_it_said(out: bytes) -> bytes:
 
 def types(keys: bytes) -> Callable[[Run], None]:
     def live(run: Run) -> None:
-        run.expect(b"tick 00000020")
+        run.expect(b"tick 00000020", 0)
         run.type(keys)
 
     return live
@@ -215,10 +215,11 @@ def test_input_that_ends_is_not_the_guests_end(
     segue: Segue, argv: tuple[str, ...], streams: str
 ) -> None:
     def live(run: Run) -> None:
-        run.expect(b"tick 00000020")
+        run.expect(b"tick 00000020", 0)
         if streams == "pipe pipe":
+            before = len(run.said)
             run.type(b"abc")
-            run.expect(b"got 63")
+            run.expect(b"got 63", before)
             run.end_of_input()
         run.expect(b"nonce")
         run.process.send_signal(signal.SIGTERM)
@@ -280,7 +281,7 @@ def test_numbered_bytes_through_upgrades(segue: Segue, place: Path, streams: str
     run = Run(command, segue, stdin, stdout, text)
     machine = Machine(segue, "guest", run.process)
     segue.machines.append(machine)
-    run.expect(b"tick 00000020")
+    run.expect(b"tick 00000020", 0)
     if stdin != "file":
         threading.Thread(target=run.type, args=(text,), daemon=True).start()
     for release in ("10.0", "11.1", "7.2"):
