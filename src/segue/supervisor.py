@@ -345,6 +345,11 @@ class Supervisor:
         """Whether clients are spared the events of an upgrade's own doing."""
         self._suppressed = _OUR_DOING if on else frozenset()
 
+    def tell(self, events: Sequence[Event]) -> None:
+        """Clients hear of events now that they were spared before."""
+        for event in events:
+            self.server.emit(event)
+
     def is_outdated(self) -> bool:
         return self.outdated() is not None
 

@@ -251,6 +251,33 @@ def test_stop_of_what_hangs(guest: Survivor) -> None:
     ended(guest, 128 + signal.SIGKILL)
 
 
+def test_clients_hear_that_a_guest_stays_paused(segue: Segue, place: Path) -> None:
+    """Where QEMU cannot take its image back: the stop was of our doing, and is to stay."""
+    disk = place / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    guest = Survivor(place, "-drive", f"file={disk},if=virtio,format=raw", segue=segue)
+    going = guest.begin("commit")
+    guest.other.events.clear()
+    disk.rename(place / "elsewhere")
+    os.kill(guest.successor(), signal.SIGKILL)
+    guest.go_on()
+    receipt = outcome(going)
+    assert receipt["result"] == "failed", receipt
+    assert receipt["guest"] == "paused on the incumbent"
+
+    def heard() -> list[str]:
+        return [e["event"] for e in guest.other.events if e["event"] in ("STOP", "RESUME")]
+
+    wait_until("the news", lambda: heard() == ["STOP"])
+    (place / "elsewhere").rename(disk)
+    guest.qmp.command("cont")
+    wait_until("the good news", lambda: heard() == ["STOP", "RESUME"])
+    guest.well()
+    guest.upgrade_works()
+    assert heard() == ["STOP", "RESUME"]
+    guest.close()
+
+
 @contextlib.contextmanager
 def small_tmpfs(path: Path, limit: str = "size=1m") -> Iterator[None]:
     path.mkdir()

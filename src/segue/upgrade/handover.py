@@ -96,6 +96,8 @@ class Handover:
     _migrating: bool = False
     _undoing: bool = False
     _committed: bool = False
+    _hushed: bool = False
+    _untold: list[Event] = field(default_factory=list)
     _went_round: asyncio.Task[None] | None = None
     _watches: list[MigrationWatch] = field(default_factory=list)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -288,6 +290,7 @@ class Handover:
         holding at that point, costs 2.7 ms of blackout (1 ms of it a fixed wait in QEMU).
         """
         await self.surroundings.closed()
+        self._hushed = True
         self._check_guest()
         for kept in self.surroundings.kept:
             kept.hold()
@@ -302,6 +305,8 @@ class Handover:
 
     def _incumbent_event(self, event: Event) -> None:
         self._events.append(event)
+        if event["event"] == "STOP" and self._hushed:
+            self._untold = [event]
         if event["event"] == "STOP" and self._migrating and self._went_round is None:
             self._went_round = asyncio.ensure_future(self._go_round())
             self._stack.callback(_give_up, self._went_round)
@@ -542,7 +547,10 @@ class Handover:
                 kept.give_back()
             if self.successor is not None:
                 kept.drop(self.successor.number)
-        self.surroundings.served(self.incumbent, ())
+        stays = self._not_resumed is not None or self._stopped_itself()
+        # A stop that was an upgrade's affair is the guest's now.
+        told = self._untold if self._was_running and stays else ()
+        self.surroundings.served(self.incumbent, told)
         stop = self._stop()
         resume = next((e for e in reversed(self._events) if e["event"] == "RESUME"), None)
         if stop and resume and _seconds(resume) > _seconds(stop):

@@ -28,7 +28,8 @@ class Surroundings:
     that runs, and `argv` what it is started with; `launch` and `adopt` are the supervisor's.
     `survey` describes what the machine has become, for `argv` and `spawn`, or raises Refused.
     `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance,
-    events)` ends both, and says who answers them from then on, and what it told meanwhile.
+    events)` ends both, and says who answers them from then on, and which events that they have
+    not been told are for them.
     `on_limbo` is told why, when for now nobody can know how it ends: the caller need not wait.
     """
 
