@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,6 @@ from segue.voice import Voice
 _STATE_EVENTS = frozenset(
     {"STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "BLOCK_IO_ERROR"}
 )
-# Of an upgrade's own doing: clients see SEGUE_UPGRADE instead.
-_OUR_DOING = frozenset({"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"})
 _HISTORY = 1000
 
 # Seconds for the answer to what has ended the machine.
@@ -341,9 +339,9 @@ class Supervisor:
             self._event(instance, event)
         self.server.upstream = instance.monitor
 
-    def suppress(self, on: bool) -> None:
-        """Whether clients are spared the events of an upgrade's own doing."""
-        self._suppressed = _OUR_DOING if on else frozenset()
+    def suppress(self, events: Collection[str]) -> None:
+        """Clients are spared these, and no others."""
+        self._suppressed = frozenset(events)
 
     def tell(self, events: Sequence[Event]) -> None:
         """Clients hear of events now that they were spared before."""

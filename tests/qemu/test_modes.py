@@ -28,6 +28,7 @@ ROUND = (
 def test_every_mode_after_every_other(segue: Segue, place: Path) -> None:
     guest = segue.start("guest", tiny(place, "10.0"))
     console = watch(guest, place)
+    client = guest.qmp()
     typed = b""
     for number, (mode, release) in enumerate(ROUND):
         before = guest.qemu_pid
@@ -43,6 +44,11 @@ def test_every_mode_after_every_other(segue: Segue, place: Path) -> None:
     witness = console.witness
     assert witness is not None
     console.wait(lambda: bytes(witness.heard) == typed, "the guest hearing all that was typed")
+    guest.upgrade("--to", qemu("11.1"), "--mode", "migrate", "--rehearse")
+    client.event(phase="undo", state="end")
+    # Nobody is left with a STOP that no RESUME has followed.
+    assert {event["event"] for event in client.events} == {"SEGUE_UPGRADE"}
+    client.close()
 
 
 def test_auto_says_which_and_why(segue: Segue, place: Path) -> None:

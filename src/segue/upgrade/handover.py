@@ -290,7 +290,7 @@ class Handover:
         holding at that point, costs 2.7 ms of blackout (1 ms of it a fixed wait in QEMU).
         """
         await self.surroundings.closed()
-        self._hushed = True
+        self._hush()
         self._check_guest()
         for kept in self.surroundings.kept:
             kept.hold()
@@ -302,6 +302,11 @@ class Handover:
     async def _begin(self) -> None:
         """Have the incumbent stop its guest and send its state."""
         await self.incumbent.monitor.execute("migrate", {"uri": f"fd:{_CHANNEL}"})
+
+    def _hush(self) -> None:
+        """From here on a stop is our affair."""
+        self._hushed = True
+        self.surroundings.hush()
 
     def _incumbent_event(self, event: Event) -> None:
         self._events.append(event)

@@ -19,6 +19,7 @@ class Migrate(Handover):
 
     async def _open(self) -> None:
         await super()._open()
+        self._hush()
         await self.incumbent.monitor.execute("migrate", {"uri": "fd:segue"})
         await self._until(self._watches[0].until("pre-switchover"))
 

@@ -27,7 +27,8 @@ class Surroundings:
     of each phase; tests stop there. `lend(back)` makes a lending for the target, or for the binary
     that runs, and `argv` what it is started with; `launch` and `adopt` are the supervisor's.
     `survey` describes what the machine has become, for `argv` and `spawn`, or raises Refused.
-    `read_only` and `closed` narrow what clients may ask of the incumbent; `served(instance,
+    `read_only` and `closed` narrow what clients may ask of the incumbent, and from `hush` or
+    `closed` on they do not hear that it stops; `served(instance,
     events)` ends both, and says who answers them from then on, and which events that they have
     not been told are for them.
     `on_limbo` is told why, when for now nobody can know how it ends: the caller need not wait.
@@ -44,6 +45,7 @@ class Surroundings:
     survey: Callable[[], Awaitable[None]]
     read_only: Callable[[], Awaitable[None]]
     closed: Callable[[], Awaitable[None]]
+    hush: Callable[[], None]
     served: Callable[[Instance, Sequence[Event]], None]
     progress: Callable[[dict[str, Any]], None]
     checkpoint: Callable[[str], Awaitable[None]]

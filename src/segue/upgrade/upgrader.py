@@ -35,6 +35,9 @@ from segue.upgrade.suspend import Suspend
 
 Progress = Callable[[dict[str, Any]], None]
 
+# Of an upgrade's own doing, as a stop in its course is: clients see SEGUE_UPGRADE instead.
+_MIGRATION = frozenset({"MIGRATION", "MIGRATION_PASS"})
+
 
 class Host(Protocol):
     """What an upgrade needs of the supervisor."""
@@ -64,7 +67,7 @@ class Host(Protocol):
     def adopt(self, instance: Instance) -> None: ...
     async def safeguard(self, successor: Instance | None) -> None: ...
     def serve(self, instance: Instance, told: Sequence[Event] = ()) -> None: ...
-    def suppress(self, on: bool) -> None: ...
+    def suppress(self, events: Collection[str]) -> None: ...
     def tell(self, events: Sequence[Event]) -> None: ...
     def is_outdated(self) -> bool: ...
     def upgraded(self, binary: Binary) -> None: ...
@@ -259,7 +262,7 @@ class Upgrader:
             return receipt
         finally:
             gc.enable()
-            host.suppress(False)
+            host.suppress(())
             self._handover = None
             self._task = None
             self._tell_fate(receipt, incumbent)
@@ -441,21 +444,25 @@ class Upgrader:
                     blockers=tuple(blockers),
                 )
 
+        def hush() -> None:
+            host.suppress(_MIGRATION | {"STOP", "RESUME"})
+
         async def read_only() -> None:
+            host.suppress(_MIGRATION)
             host.gate.read_only()
             await host.gate.drain()
 
         async def closed() -> None:
             host.gate.close()
             await host.gate.drain()
-            host.suppress(True)
+            hush()
 
         def served(instance: Instance, told: Sequence[Event]) -> None:
             before = host.instance
             if instance is not before:
                 host.serve(instance, told)
             # From here on what stops and resumes the guest is a client's doing.
-            host.suppress(False)
+            host.suppress(())
             if instance is before:
                 host.tell(told)
             host.gate.open()
@@ -483,6 +490,7 @@ class Upgrader:
             journal=host.journal,
             read_only=read_only,
             closed=closed,
+            hush=hush,
             served=served,
             progress=progress,
             checkpoint=checkpoint,
