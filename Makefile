@@ -1,5 +1,6 @@
 # make demo        a guest in a window of text, its QEMU replaced three times
-# make install     segue for all users, and units for systemd, below /usr/local (or PREFIX=...)
+# make install     segue for all users, man pages, bash completion and units for systemd, below
+#                  /usr/local (or PREFIX=...)
 # make test        everything but the long tests, on real QEMU 7.2, 10.0 and 11.1
 # make test-nested  parts of them on KVM with vhost-net and VFIO, in a nested guest
 # make check       style and types
@@ -33,9 +34,12 @@ demo: demo-packages $(VENV)/run.stamp
 PREFIX ?= /usr/local
 install: demo-packages
 	@$(PYTHON) -m venv $(PREFIX)/lib/segue
-	@$(PREFIX)/lib/segue/bin/pip install --quiet .
-	@mkdir -p $(PREFIX)/bin $(PREFIX)/lib/systemd/system $(PREFIX)/lib/systemd/user
+	@$(PREFIX)/lib/segue/bin/pip install --quiet '.[completion]' argparse-manpage
+	@mkdir -p $(PREFIX)/bin $(PREFIX)/lib/systemd/system $(PREFIX)/lib/systemd/user \
+		$(PREFIX)/share/bash-completion/completions
 	@ln -sf ../lib/segue/bin/segue $(PREFIX)/bin/segue
+	@$(PREFIX)/lib/segue/bin/python scripts/man $(PREFIX)/share/man/man1
+	@$(PREFIX)/bin/segue completion bash >$(PREFIX)/share/bash-completion/completions/segue
 	@for unit in system/segue@.service user/segue@.service; do \
 		sed 's#/usr/bin/segue#$(PREFIX)/bin/segue#' packaging/systemd/$${unit#system/} \
 			>$(PREFIX)/lib/systemd/$$unit; done
