@@ -141,12 +141,12 @@ def twice(
 
 
 def what_it_said(out: bytes) -> bytes:
-    """Without the guest's numbers, which are right, and a line that its end cut off."""
+    """Without the firmware's dots, the guest's numbers, which are right, and a line cut off."""
     if b"segue guest" not in out:
         return out
-    whole = out[: out.rfind(b"\n") + 1]
+    whole = out[out.find(b"segue guest") : out.rfind(b"\n") + 1]
     witness = Witness()
-    witness.feed(whole[whole.find(b"segue guest") :])
+    witness.feed(whole)
     assert not witness.faults, witness.faults[:3]
     assert witness.nonces
     return _VARYING.sub(b"", whole)
