@@ -204,7 +204,7 @@ def through(guest: Guest, reexecs: int, upgrades: int) -> None:
             done = guest.segue("reexec", "lines")
             assert done.returncode == 0, done.stderr
         else:
-            guest.machine.handed_over("--to", qemu(next(releases)))
+            guest.machine.handed_over("--to", qemu(next(releases)), "--force")
         guest.board.flood(False, *flooded)
         guest.board.moving()
         guest.check()
