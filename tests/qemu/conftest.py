@@ -50,13 +50,15 @@ def segue(place: Path) -> Iterator[Segue]:
 def huge_pages() -> Iterator[int]:
     """How many huge pages of 2 MiB are free; the host is asked for some, and given them back."""
     pool = Path("/proc/sys/vm/nr_hugepages")
-    before = pool.read_text()
+    before = int(pool.read_text())
     with contextlib.suppress(OSError):
-        pool.write_text(str(int(before) + 40))
+        pool.write_text(str(before + 40))
+    given = int(pool.read_text()) - before
     free = re.search(r"HugePages_Free: +(\d+)", Path("/proc/meminfo").read_text())
     yield int(free[1]) if free else 0
-    if pool.read_text() != before:
-        pool.write_text(before)
+    if given > 0:
+        # What others on this host have asked for meanwhile stays theirs.
+        pool.write_text(str(max(0, int(pool.read_text()) - given)))
 
 
 def tiny(place: Path, release: str, *more: str, machine: str = "q35") -> list[str]:
