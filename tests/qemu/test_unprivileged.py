@@ -272,7 +272,7 @@ def test_machines_of_others(segue: UsersSegue, stranger: UsersSegue, home: Path)
     for mode in (0o700, 0o755):
         segue.root.parent.chmod(mode)
         segue.root.chmod(mode)
-        for command in commands:
+        for command in commands if mode == 0o700 else ("show", "upgrade", "recover"):
             mistake(stranger(command, "guest"), 1, "Permission denied", "try as that user")
         mistake(stranger("qmp", "guest", "quit"), 1, "Permission denied", "try as that user")
         done = stranger("run", "--name", "guest", "--", qemu("10.0"))
