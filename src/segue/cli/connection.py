@@ -6,8 +6,11 @@ Only commands that talk to a supervisor import this; it costs asyncio (40 ms).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from segue.errors import CommandFailed, MonitorClosed, NotRunning, SegueError, TimedOut
@@ -32,6 +35,10 @@ def ask(
     """
 
     async def exchange() -> Any:
+        with _woken():
+            return await command_and_answer()
+
+    async def command_and_answer() -> Any:
         try:
             monitor = await _connect(machine)
         except TimeoutError:
@@ -54,6 +61,26 @@ def ask(
         f"see its log: {machine.directory.log}",
     )
     return asyncio.run(exchange())
+
+
+@contextlib.contextmanager
+def _woken() -> Iterator[None]:
+    """Have a signal wake the loop: one that comes just before it waits would else wait with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not ours
+        return
+    loop = asyncio.get_running_loop()
+    woken, waker = socket.socketpair()
+    with woken, waker:
+        for end in (woken, waker):
+            end.setblocking(False)
+        loop.add_reader(woken, woken.recv, 64)
+        before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            loop.remove_reader(woken)
 
 
 async def _connect(machine: MachineStatus) -> Monitor:
