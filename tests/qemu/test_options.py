@@ -42,6 +42,19 @@ def test_a_configuration_file_that_is_gone(segue: Segue, place: Path) -> None:
         unharmed(console)
 
 
+def test_options_that_are_called_otherwise_today(segue: Segue, place: Path) -> None:
+    """libvirt gave QEMU 7.2 the first two; 10.0 knows none of them by that name."""
+    guest = segue.start("guest", tiny(place, "7.2", "-no-hpet", "-no-acpi", "-async-teardown"))
+    console = watch(guest, place)
+    for release in ("10.0", "11.1", "7.2"):
+        guest.handed_over("--to", qemu(release))
+        unharmed(console)
+        with guest.qmp() as qmp:
+            for name in ("hpet", "acpi"):
+                wanted = {"path": "/machine", "property": name}
+                assert qmp.command("qom-get", wanted) == ("off" if name == "acpi" else False)
+
+
 def test_names(segue: Segue, place: Path) -> None:
     argv = tiny(place, "7.2", "-name", "guest=blue,process=segue-blue")
     guest = segue.start("guest", argv)

@@ -20,6 +20,7 @@ from segue.kept.lifecycle import Lifecycle, LifecycleRule
 from segue.kept.mux import Mux
 from segue.kept.network import NetworkRule
 from segue.kept.ram import GuestRam, RamRule
+from segue.kept.renamed import RenamedRule
 from segue.kept.unkeepable import UnkeepableRule
 from segue.kept.user import AUTO, UserRule
 from segue.kept.values import Values, ValuesRule
@@ -141,6 +142,7 @@ def describe(
     characters = CharactersRule()
     rules: list[Rule] = [
         UnkeepableRule(),
+        RenamedRule(),
         ConfinedRule(),
         LentRule(),
         FilesRule(),
