@@ -299,6 +299,12 @@ def kill_between_turns(pid: int) -> None:
 
     A kill at any other moment loses that, which is documented, and so not what tests look for.
     """
+    stop_between_turns(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop_between_turns(pid: int) -> None:
+    """SIGSTOP to a process that waits for events, and stands when this returns."""
     waiting = {"x86_64": ("232", "281"), "aarch64": ("22",)}[os.uname().machine]
 
     def stands() -> bool:
@@ -310,7 +316,6 @@ def kill_between_turns(pid: int) -> None:
         if Path(f"/proc/{pid}/syscall").read_text().split()[0] in waiting:
             break
         os.kill(pid, signal.SIGCONT)
-    os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.qemu.conftest import migrates_as_ever, unharmed
-from tests.qemu.harness import Segue, qemu, wait_until
+from tests.qemu.harness import Segue, qemu, stop_between_turns, wait_until
 from tests.qemu.survivor import PHASES, STARTED, Survivor, limits
 
 
@@ -230,7 +230,7 @@ def test_a_stop_that_comes_together_with_an_upgrade(guest: Survivor) -> None:
     for client in clients:
         client.send(b'{"execute": "qmp_capabilities"}')
         client.expect(rb'"return": \{\}')
-    os.kill(supervisor, signal.SIGSTOP)
+    stop_between_turns(supervisor)
     for client, command in zip(clients, commands, strict=True):
         client.send(command)
     os.kill(supervisor, signal.SIGCONT)
