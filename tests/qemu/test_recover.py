@@ -180,7 +180,7 @@ def test_killed_before_it_has_told_anyone_that_it_is_there(orphan: Orphan) -> No
 
 def test_a_second_supervisor_is_refused(orphan: Orphan) -> None:
     done = orphan.recover(status=5)
-    assert "already running" in done.stderr
+    assert "has a supervisor" in done.stderr
 
 
 @pytest.mark.parametrize("phase", ["prepare", "open", "hold", "move", "commit"])
