@@ -30,6 +30,14 @@ def ended(guest: Survivor, status: int) -> None:
     wait_until("an end without leftovers", lambda: not guest.segue.leftovers(), 10)
 
 
+def works_and_ends(survivor: Survivor) -> None:
+    """The next upgrade succeeds, and nothing is left over at the end."""
+    survivor.upgrade_works()
+    survivor.close()
+    survivor.machine.stop()
+    ended(survivor, 0)
+
+
 def outcome(going: Future[Any]) -> dict[str, Any]:
     """The receipt, which comes before the machine's end."""
     receipt: dict[str, Any] = going.result(60)
@@ -314,10 +322,7 @@ def test_no_space_in_the_run_directory(place: Path) -> None:
             survivor.well()
             assert len(survivor.other.command("segue-history")) == 3
             (place / "run/fill").unlink()
-            survivor.upgrade_works()
-            survivor.close()
-            survivor.machine.stop()
-            ended(survivor, 0)
+            works_and_ends(survivor)
         finally:
             segue.end()
 
@@ -401,10 +406,7 @@ def test_no_space_for_a_paused_guest(place: Path) -> None:
                 path.rmdir()
             survivor.qmp.command("cont")
             survivor.well()
-            survivor.upgrade_works()
-            survivor.close()
-            survivor.machine.stop()
-            ended(survivor, 0)
+            works_and_ends(survivor)
         finally:
             segue.end()
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import socket
+import struct
+import termios
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -244,3 +247,11 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
     with no_leak():
         asyncio.run(bounded())
+
+
+async def arrives(fd: int, data: bytes) -> None:
+    def available() -> int:
+        return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0])
+
+    await until(lambda: available() >= len(data))
+    assert os.read(fd, 1000) == data

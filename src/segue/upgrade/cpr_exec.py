@@ -25,7 +25,7 @@ from segue.errors import GuestLost, QemuError, Refused, SegueError
 from segue.kept.base import Lending
 from segue.qemu import migration
 from segue.qemu.instance import Instance, monitor_words
-from segue.upgrade import images, launcher
+from segue.upgrade import images, launcher, wishes
 from segue.upgrade.commit import switch
 from segue.upgrade.handover import Handover
 from segue.upgrade.phases import MOVE, PREPARE
@@ -265,7 +265,7 @@ class CprExec(Handover):
         await self._load(old)
         if self.loses_interrupts:
             await self._give_again(old)
-        if self._was_running and not self._stopped_itself():
+        if self._was_running and not wishes.stopped_itself(self._events):
             await old.monitor.execute("cont")
         switch(old, self.surroundings)
         await self._retire()

@@ -33,7 +33,7 @@ from segue.qemu import migration
 from segue.qemu.instance import Instance
 from segue.qemu.migration import MigrationWatch
 from segue.qemu.monitor import Event, Monitor
-from segue.upgrade import compare, images, interrupts, placement
+from segue.upgrade import compare, images, interrupts, placement, wishes
 from segue.upgrade.commit import Commit, switch, tell_limbo
 from segue.upgrade.phases import COMMIT, HOLD, MOVE, OPEN, PREPARE, RELEASE, RETIRE, UNDO, Phase
 from segue.upgrade.receipt import DONE, REHEARSED, Receipt
@@ -46,19 +46,6 @@ _GO_ON = "`cont` it first (and `stop` it again, if it is to be paused)"
 _START_ANEW = "`system_reset` and `cont`, or start it again"
 # States of a guest that QEMU paused, and that can go on.
 _CAN_GO_ON = ("watchdog", "io-error", "debug")
-
-# What a guest does that changes what is to be handed over; the first two end it.
-_ENDINGS = {
-    "SHUTDOWN": "the guest powered off",
-    "GUEST_PANICKED": "the guest panicked",
-}
-_WISHES = _ENDINGS | {
-    "RESET": "the guest reset itself",
-    "SUSPEND": "the guest suspended itself",
-}
-
-# Events that tell of a pause by the guest's own doing: the action that is one, and what did it.
-_PAUSES = {"BLOCK_IO_ERROR": ("stop", "an I/O error"), "WATCHDOG": ("pause", "its watchdog")}
 
 _CHANNEL = "segue"
 """What QEMU calls its end of it."""
@@ -433,23 +420,7 @@ class Handover:
 
     def _check_guest(self) -> None:
         """Raise SegueError if the guest is no longer what was compared and is being moved."""
-        stopped = False
-        for event in self._events:
-            name = event["event"]
-            stopped = stopped or (name == "STOP" and self._migrating)
-            if name in _ENDINGS:
-                raise SegueError(f"{_ENDINGS[name]} during the upgrade", guest="not running")
-            # What came before the stop is in the state that was saved.
-            if name in _WISHES and stopped:
-                raise SegueError(f"{_WISHES[name]} in the very moment", hint="upgrade again")
-            if (cause := _paused_by(event)) is not None:
-                raise SegueError(
-                    f"the guest was stopped by {cause} during the upgrade",
-                    guest="stopped on the incumbent",
-                )
-
-    def _stopped_itself(self) -> bool:
-        return any(e["event"] in _ENDINGS or _paused_by(e) is not None for e in self._events)
+        wishes.check(self._events, stops=self._migrating)
 
     async def _fail(self, error: BaseException) -> None:
         """Undo, and put what happened into the receipt."""
@@ -534,7 +505,7 @@ class Handover:
             await migration.cancel(monitor)
             if self.loses_interrupts and self._stop() is not None:
                 await self._give_again(self.incumbent)
-            if self._was_running and not self._stopped_itself():
+            if self._was_running and not wishes.stopped_itself(self._events):
                 try:
                     await monitor.execute("cont")
                 except CommandFailed as error:
@@ -552,7 +523,7 @@ class Handover:
                 kept.give_back()
             if self.successor is not None:
                 kept.drop(self.successor.number)
-        stays = self._not_resumed is not None or self._stopped_itself()
+        stays = self._not_resumed is not None or wishes.stopped_itself(self._events)
         # A stop that was an upgrade's affair is the guest's now.
         told = self._untold if self._was_running and stays else ()
         self.surroundings.served(self.incumbent, told)
@@ -581,12 +552,6 @@ class Handover:
             # One that was not used.
             with contextlib.suppress(CommandFailed):
                 await monitor.execute("closefd", {"fdname": _CHANNEL})
-
-
-def _paused_by(event: Event) -> str | None:
-    """What has made QEMU pause the guest, if the event tells of that."""
-    action, cause = _PAUSES.get(event["event"], (None, None))
-    return cause if action is not None and event["data"]["action"] == action else None
 
 
 def _give_up(task: asyncio.Task[None]) -> None:
